@@ -4,21 +4,12 @@
 
 mod check;
 
+pub use dist_core::Activation;
 use dist_core::KvLayout;
+use serde::{Deserialize, Serialize};
 
 use crate::backend::Backend;
 use crate::weight::Weight;
-
-/// A function applied to each element between two linear layers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Activation {
-    /// `x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))`: GPT-2's `gelu_new`.
-    GeluTanh,
-    /// `x/2 · (1 + erf(x/√2))`.
-    GeluErf,
-    /// `max(x, 0)`.
-    Relu,
-}
 
 /// A normalisation over the last dimension.
 #[derive(Debug)]
@@ -257,7 +248,7 @@ pub struct LogitsArgs<'a, B: Backend> {
 }
 
 /// How one row is sampled. Penalties and biases are applied in the order of the fields.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SampleRow {
     /// Scores this token instead of drawing one.
     pub target: Option<u32>,
@@ -290,7 +281,7 @@ pub struct SampleRow {
 }
 
 /// Occurrences of a token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TokenCount {
     /// The token.
     pub id: u32,

@@ -1,1 +1,4 @@
 //! Skeleton.
+
+pub mod request;
+pub mod step;
