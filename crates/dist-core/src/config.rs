@@ -36,7 +36,7 @@ pub struct BlockSpec {
     pub norm_eps: f32,
     /// Between the two linear layers.
     pub activation: Activation,
-    /// Whether q · k is divided by √d_head (GPT-Neo does not).
+    /// Whether q · k is divided by √`d_head` (GPT-Neo does not).
     pub scale_attn: bool,
     /// Whether q · k is divided by the layer's number from one as well.
     pub scale_attn_by_inverse_layer_idx: bool,

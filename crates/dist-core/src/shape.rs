@@ -28,6 +28,17 @@ pub const fn split_even(total: usize, pieces: usize, idx: usize) -> (usize, usiz
     (start, base + (idx < rest) as usize)
 }
 
+/// How many of `n` summands the left half of the one balanced tree takes, for `n` from two on: the largest power of
+/// two below `n`.
+///
+/// Every sum over ranks and over segments of a dimension adds `sum(left) + sum(right)` with this cut, again and again
+/// down to single summands. So four ranks that each added two segments have the bits of one rank that added eight.
+#[must_use]
+pub const fn tree_split(n: usize) -> usize {
+    assert!(n >= 2, "one summand is not split");
+    n.next_power_of_two() / 2
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -36,6 +47,11 @@ mod tests {
     fn division_has_three_names() {
         assert_eq!((div_exact(12, 4), div_exact(13, 4), div_exact(1, 0)), (Some(3), None, None));
         assert_eq!((div_ceil(13, 4), align_up(13, 4), align_up(12, 4)), (4, 16, 12));
+    }
+
+    #[test]
+    fn the_tree_is_cut_at_the_largest_power_of_two_below() {
+        assert_eq!([2, 3, 4, 5, 6, 7, 8, 9].map(tree_split), [1, 2, 2, 4, 4, 4, 4, 8]);
     }
 
     #[test]

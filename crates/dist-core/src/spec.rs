@@ -102,7 +102,8 @@ impl TensorSpec {
     #[must_use]
     pub fn slice(&self, tp: usize, tp_rank: usize) -> TensorSlice {
         let Placement::Sharded { dim, parts } = &self.placement else {
-            return TensorSlice { dim: 0, ranges: Vec::from([0..self.shape[0]]), n_padding: 0 };
+            let whole = 0..self.shape[0];
+            return TensorSlice { dim: 0, ranges: Vec::from([whole]), n_padding: 0 };
         };
         let (mut ranges, mut base, mut n_padding) = (Vec::with_capacity(parts.len()), 0, 0);
         for part in parts {
