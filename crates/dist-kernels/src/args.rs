@@ -5,6 +5,7 @@
 mod check;
 
 pub use dist_core::Activation;
+pub use dist_core::plan::K_SEGMENTS;
 use dist_core::KvLayout;
 use serde::{Deserialize, Serialize};
 
@@ -129,9 +130,6 @@ pub struct LinearArgs<'a, B: Backend> {
     /// On the way out.
     pub epilogue: Epilogue<'a, B>,
 }
-
-/// Segments of a whole `k` in the canonical order of summation; degrees 1, 2, 4, 8 then add alike.
-pub const K_SEGMENTS: usize = 8;
 
 /// Which sequence owns which rows of the step, and where its cache blocks are.
 #[derive(Debug)]

@@ -41,6 +41,31 @@ pub struct Sampling {
     pub prompt_logprobs: bool,
 }
 
+impl Sampling {
+    /// The likeliest token each time, nothing else: no penalty, no report, one sample, the model's own end.
+    pub const fn greedy(max_new_tokens: usize) -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+            n: 1,
+            max_new_tokens,
+            min_new_tokens: 0,
+            stop: Vec::new(),
+            stop_ids: Vec::new(),
+            ignore_eos: false,
+            logprobs: None,
+            prompt_logprobs: false,
+        }
+    }
+}
+
 /// Names a request within an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct RequestId(pub u64);

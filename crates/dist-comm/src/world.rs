@@ -1,0 +1,139 @@
+//! One rank's place among all: who is there, the control channel to rank 0, the watchdog, and the communicators that
+//! are made of connections between ranks. This is what a rendezvous gives.
+
+mod mesh;
+#[cfg(target_os = "linux")]
+mod share;
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::Duration;
+
+use dist_core::Rank;
+
+use crate::auth::Secret;
+use crate::control::Control;
+use crate::control::watch::Watch;
+use crate::rendezvous::{Member, RendezvousError};
+use crate::rendezvous_io::{JoinRequest, Joined, host, join, local_error};
+use crate::tcp::Tcp;
+#[cfg(not(target_os = "linux"))]
+use crate::tcp::link::{Link, TcpLink};
+use mesh::Mesh;
+
+/// What a communicator is like; the same on all its ranks.
+#[derive(Clone, Copy, Debug)]
+pub struct GroupOptions {
+    /// How long a call waits for other ranks without any of them making progress.
+    pub deadline: Duration,
+    /// How many bytes a sender may be ahead of a receiver over shared memory. Small for collectives, which then stay in
+    /// the cache; a whole message for pipeline stages, which then go on computing.
+    pub ahead_bytes: usize,
+}
+
+impl GroupOptions {
+    /// For ranks that make collectives.
+    #[must_use]
+    pub const fn collectives(deadline: Duration) -> Self {
+        Self { deadline, ahead_bytes: 512 << 10 }
+    }
+
+    /// For pipeline stages that pass messages of up to `message_bytes`.
+    #[must_use]
+    pub const fn messages(deadline: Duration, message_bytes: usize) -> Self {
+        Self { deadline, ahead_bytes: 2 * message_bytes }
+    }
+}
+
+/// One rank's place among all. Communicators stay usable after it is dropped.
+#[derive(Debug)]
+pub struct World {
+    rank: Rank,
+    members: Vec<Member>,
+    mesh: Mesh,
+    control: Control,
+    watch: Arc<Watch>,
+    /// How long ranks may take to connect.
+    deadline: Duration,
+}
+
+impl World {
+    /// Waits as rank 0 at `listener` for all other ranks.
+    pub fn host(listener: &TcpListener, request: &JoinRequest) -> Result<Self, RendezvousError> {
+        let joined = host(listener, request)?;
+        Self::new(joined, request)
+    }
+
+    /// Joins as any other rank; `master` is where rank 0 listens, each address is tried.
+    pub fn join(master: &[SocketAddr], request: &JoinRequest) -> Result<Self, RendezvousError> {
+        let joined = join(master, request)?;
+        Self::new(joined, request)
+    }
+
+    fn new(joined: Joined, request: &JoinRequest) -> Result<Self, RendezvousError> {
+        let Joined { session, members, listener, lines } = joined;
+        let secret: Secret = request.secret.clone();
+        let mut mesh = Mesh::new(request.rank, members.clone(), session, secret, listener)?;
+        let all: Vec<_> = (0..members.len()).map(Rank).collect();
+        let peers = mesh.connect("watch", &all, request.deadline)?;
+        let watch = Watch::start(request.rank, members.len(), peers)
+            .map_err(|error| local_error("watchdog", &error))?;
+        let watch = Arc::new(watch);
+        let control = Control::new(lines, Arc::clone(&watch))
+            .map_err(|error| local_error("control channel", &error))?;
+        Ok(Self { rank: request.rank, members, mesh, control, watch, deadline: request.deadline })
+    }
+
+    /// Which rank we are.
+    #[must_use]
+    pub const fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    /// All ranks in order.
+    #[must_use]
+    pub fn members(&self) -> &[Member] {
+        &self.members
+    }
+
+    /// The channel between rank 0 and every other rank.
+    pub const fn control(&mut self) -> &mut Control {
+        &mut self.control
+    }
+
+    /// Tells all ranks that this one ends in error, before it is dropped.
+    pub fn fail(&self, why: &str) {
+        self.watch.tell_failed(why);
+    }
+
+    /// Makes a communicator of `members`, all of which call this with the same arguments; `name` tells it from the
+    /// others that a rank is in. `None` if this rank is not a member.
+    pub fn connect(
+        &mut self,
+        name: &str,
+        members: &[Rank],
+        options: GroupOptions,
+    ) -> Result<Option<Tcp>, RendezvousError> {
+        let Some(me) = members.iter().position(|&rank| rank == self.rank) else { return Ok(None) };
+        let streams = self.mesh.connect(name, members, self.deadline)?;
+        #[cfg(target_os = "linux")]
+        let mut shared = share::share(&self.members, self.rank, streams, options, self.deadline)?;
+        #[cfg(not(target_os = "linux"))]
+        let mut shared = {
+            let links = streams.into_iter().map(|(rank, stream, decoder)| {
+                Ok((
+                    rank,
+                    Link::Tcp(TcpLink::new(stream, decoder).map_err(|error| local_error("link", &error))?),
+                ))
+            });
+            links.collect::<Result<Vec<_>, RendezvousError>>()?
+        };
+        let link_to = |&rank: &Rank| {
+            let at = shared.iter().position(|&(peer, _)| peer == rank)?;
+            Some(shared.swap_remove(at).1)
+        };
+        let links = members.iter().map(link_to).collect();
+        let watch = Arc::clone(&self.watch);
+        Ok(Some(Tcp::new(name.to_owned(), (members.to_vec(), me), links, watch, options.deadline)))
+    }
+}

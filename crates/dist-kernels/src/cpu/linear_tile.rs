@@ -1,0 +1,254 @@
+//! The inner loops of `linear`: a few rows by a few outputs, lanes along `k`.
+
+use std::marker::PhantomData;
+
+use super::linear_order::{LEVELS, Segments};
+use super::simd::{Kernel, LANES, Simd, Stored};
+
+/// Steps between two looks at what lies ahead.
+const UNROLL: usize = 4;
+const LINE_BYTES: usize = 64;
+
+/// Sums of at most sixteen pairs of row and output, row by row.
+pub(super) type Sums<V> = [V; 2];
+
+/// Where a tile reads: `R` rows of packed `x` and `N` outputs of weights.
+#[derive(Clone, Copy)]
+pub(super) struct Operands {
+    /// Row 0 of `x`.
+    pub(super) x: *const f32,
+    /// Elements from one row of `x` to the next.
+    pub(super) x_stride: usize,
+    /// Output 0 of the weights.
+    pub(super) w: *const u8,
+    /// Bytes from one output to the next.
+    pub(super) w_stride: usize,
+    /// Inputs.
+    pub(super) len: usize,
+    /// What to ask for meanwhile.
+    pub(super) ahead: Ahead,
+}
+
+/// Weights that will be needed next: every `period`-th group of lines, from `phase` on, is asked for in one tile, so
+/// that all tiles that share a period together ask for all of them.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    /// Where output 0 will be; any address.
+    pub(super) w: *const u8,
+    /// Bytes from one output to the next.
+    pub(super) stride: usize,
+    /// Bytes of four steps.
+    pub(super) group_bytes: usize,
+    pub(super) phase: usize,
+    pub(super) period: usize,
+}
+
+impl Ahead {
+    /// Bytes that four steps of `E` read.
+    pub(super) const fn group_bytes<E: Stored>() -> usize {
+        UNROLL * LANES * E::BYTES
+    }
+}
+
+/// Adds the products of all inputs to the lanes. With `WIDEN` the weights are also written to `tile`, in `f32` and with
+/// `tile_stride` elements from one output to the next.
+///
+/// # Safety
+/// `len` elements are readable from every output of `w`, and `len` rounded up to eight from every row of `x`; as many
+/// are writable in every output of `tile`, if `WIDEN`.
+#[inline(always)]
+pub(super) unsafe fn dot<S: Simd, E: Stored, const R: usize, const N: usize, const WIDEN: bool>(
+    s: S,
+    from: Operands,
+    mut acc: [[S::V; N]; R],
+    tile: (*mut f32, usize),
+) -> [[S::V; N]; R] {
+    let (steps, rest) = (from.len / LANES, from.len % LANES);
+    let (groups, ahead) = (steps / UNROLL, from.ahead);
+    let mut next = ahead.phase;
+    for group in 0..groups {
+        if group == next {
+            next += ahead.period;
+            for n in 0..N {
+                let line = ahead.w.wrapping_add(n * ahead.stride + group * ahead.group_bytes);
+                s.prefetch(line);
+                if ahead.group_bytes > LINE_BYTES {
+                    s.prefetch(line.wrapping_add(LINE_BYTES));
+                }
+            }
+        }
+        for step in group * UNROLL..(group + 1) * UNROLL {
+            // SAFETY: `step` is below `len / 8`.
+            acc = unsafe { dot_step::<S, E, R, N, WIDEN, false>(s, from, step, acc, tile) };
+        }
+    }
+    for step in groups * UNROLL..steps {
+        // SAFETY: `step` is below `len / 8`.
+        acc = unsafe { dot_step::<S, E, R, N, WIDEN, false>(s, from, step, acc, tile) };
+    }
+    if rest > 0 {
+        // SAFETY: `rest` elements are left of the weights, and a whole step of `x` and of the tile.
+        acc = unsafe { dot_step::<S, E, R, N, WIDEN, true>(s, from, steps, acc, tile) };
+    }
+    acc
+}
+
+/// Adds step `step` to the lanes; the `LAST` one has `len % 8` inputs.
+///
+/// # Safety
+/// As [`dot`] for this step.
+#[inline(always)]
+unsafe fn dot_step<
+    S: Simd,
+    E: Stored,
+    const R: usize,
+    const N: usize,
+    const WIDEN: bool,
+    const LAST: bool,
+>(
+    s: S,
+    from: Operands,
+    step: usize,
+    mut acc: [[S::V; N]; R],
+    (tile, tile_stride): (*mut f32, usize),
+) -> [[S::V; N]; R] {
+    let mut w = [s.zero(); N];
+    for (n, w) in w.iter_mut().enumerate() {
+        // SAFETY: this step of output `n`, by the caller's promise.
+        unsafe {
+            let p = from.w.add(n * from.w_stride + step * LANES * E::BYTES);
+            *w = if LAST { E::load_partial(s, p, from.len % LANES) } else { E::load(s, p) };
+            if WIDEN {
+                s.store_ptr(*w, tile.add(n * tile_stride + step * LANES));
+            }
+        }
+    }
+    for r in 0..R {
+        // SAFETY: this step of row `r`, by the caller's promise.
+        let x = unsafe { s.load_ptr(from.x.add(r * from.x_stride + step * LANES)) };
+        for n in 0..N {
+            acc[r][n] = s.fma(x, w[n], acc[r][n]);
+        }
+    }
+    acc
+}
+
+/// A chunk of a segment for `R` rows and several times `N` outputs, run as a function of its own: its inner loop needs
+/// every register.
+pub(super) struct Strip<'a, E, const R: usize, const N: usize, const WIDEN: bool> {
+    from: Operands,
+    /// First element and elements from one output to the next.
+    widened: (*mut f32, usize),
+    /// `[outputs / N][R][N][8]`.
+    lanes: &'a mut [[f32; LANES]],
+    part: Part,
+    /// One for each `N` outputs.
+    sums: &'a mut [[[f32; LANES]; 2]],
+    stored: PhantomData<E>,
+}
+
+/// Which part of a segment a chunk is.
+#[derive(Clone, Copy)]
+pub(super) struct Part {
+    /// Lanes start from zero, not from where the chunk before left them.
+    pub(super) is_first: bool,
+    /// Lanes are added to sums, not left for the chunk behind.
+    pub(super) is_last: bool,
+}
+
+impl<'a, E, const R: usize, const N: usize, const WIDEN: bool> Strip<'a, E, R, N, WIDEN> {
+    /// A strip of `N · sums.len()` outputs.
+    ///
+    /// # Safety
+    /// As [`dot`] for all these outputs, until the strip is run.
+    #[inline(always)]
+    pub(super) unsafe fn new(
+        from: Operands,
+        widened: (*mut f32, usize),
+        lanes: &'a mut [[f32; LANES]],
+        part: Part,
+        sums: &'a mut [[[f32; LANES]; 2]],
+    ) -> Self {
+        assert!(lanes.len() >= R * N * sums.len(), "lanes of a strip");
+        Self { from, widened, lanes, part, sums, stored: PhantomData }
+    }
+}
+
+impl<E: Stored, const R: usize, const N: usize, const WIDEN: bool> Kernel for Strip<'_, E, R, N, WIDEN> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let mut from = self.from;
+        let mut widened = self.widened.0;
+        for (lanes, sums) in self.lanes.chunks_exact_mut(R * N).zip(self.sums) {
+            let mut acc = [[s.zero(); N]; R];
+            if !self.part.is_first {
+                for r in 0..R {
+                    for n in 0..N {
+                        acc[r][n] = s.from_array(lanes[r * N + n]);
+                    }
+                }
+            }
+            // SAFETY: these outputs, by the promise made to `new`.
+            let acc = unsafe { dot::<S, E, R, N, WIDEN>(s, from, acc, (widened, self.widened.1)) };
+            if self.part.is_last {
+                let [low, high] = sum_lanes(s, acc);
+                *sums = [s.to_array(low), s.to_array(high)];
+            } else {
+                for r in 0..R {
+                    for n in 0..N {
+                        lanes[r * N + n] = s.to_array(acc[r][n]);
+                    }
+                }
+            }
+            from.w = from.w.wrapping_add(N * from.w_stride);
+            from.ahead.w = from.ahead.w.wrapping_add(N * from.ahead.stride);
+            widened = widened.wrapping_add(N * self.widened.1);
+        }
+    }
+}
+
+/// Adds the lanes of each of the at most sixteen accumulators.
+#[inline(always)]
+pub(super) fn sum_lanes<S: Simd, const R: usize, const N: usize>(
+    s: S,
+    acc: [[S::V; N]; R],
+) -> Sums<S::V> {
+    const { assert!(R * N <= 2 * LANES, "sums of a tile fill two vectors") };
+    let mut flat = [[s.zero(); LANES]; 2];
+    for r in 0..R {
+        for n in 0..N {
+            flat[(r * N + n) / LANES][(r * N + n) % LANES] = acc[r][n];
+        }
+    }
+    let high = if R * N > LANES { s.sum_each(flat[1]) } else { s.zero() };
+    [s.sum_each(flat[0]), high]
+}
+
+/// Partial sums of segments that wait for their other half.
+#[derive(Clone, Copy)]
+pub(super) struct Waiting<V> {
+    sums: [V; LEVELS],
+    depth: usize,
+}
+
+impl<V: Copy> Waiting<V> {
+    /// Nothing waits.
+    #[inline(always)]
+    pub(super) fn new<S: Simd<V = V>>(s: S) -> Self {
+        Self { sums: [s.zero(); LEVELS], depth: 0 }
+    }
+
+    /// Adds the next segment; after the last one the result is the whole sum.
+    #[inline(always)]
+    pub(super) fn push<S: Simd<V = V>>(&mut self, s: S, segments: Segments, idx: usize, mut sum: V) -> V {
+        for _ in 0..segments.merges(idx) {
+            self.depth -= 1;
+            sum = s.add(self.sums[self.depth], sum);
+        }
+        self.sums[self.depth] = sum;
+        self.depth += 1;
+        sum
+    }
+}

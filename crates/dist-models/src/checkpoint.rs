@@ -1,0 +1,151 @@
+//! Checkpoints: a model's configuration and where each of its tensors is. Weights stay in their stored type and layout,
+//! and a rank takes only its own cuts of them; no second copy is made.
+//!
+//! Files are untrusted: sizes are checked before memory is taken, all differences are told at once, nothing panics.
+
+mod cache;
+mod directory;
+mod error;
+mod family;
+mod fields;
+mod header;
+mod map;
+mod random;
+mod stored;
+
+use std::path::{Path, PathBuf};
+
+use dist_core::{ModelConfig, TensorSpec};
+use dist_kernels::weight::{HostBytes, HostWeight};
+
+pub use cache::{HfCache, find, is_repo_name};
+pub(crate) use directory::read_bounded;
+pub use error::{CheckpointError, Finding, Findings};
+
+use crate::tokenizer::{Tokenizer, TokenizerError};
+use random::Random;
+use stored::{Storage, Stored, TensorFile};
+
+/// How weights are brought in.
+#[derive(Clone, Copy, Debug)]
+pub struct OpenOptions {
+    /// Whether files are mapped: nothing is copied, and ranks on one machine share the pages. Truncating a mapped file
+    /// kills the process; where that may happen, say no, and each rank reads its cuts into memory of its own.
+    pub mmap: bool,
+}
+
+/// Where the weights come from.
+enum Weights {
+    Stored(Stored),
+    Random(Random),
+}
+
+/// Where the tokenizer comes from.
+enum TokenizerFrom {
+    Nowhere,
+    Json { file: String, bytes: Vec<u8> },
+    Directory(PathBuf),
+}
+
+/// A model: its configuration, its tensors by canonical name, its tokenizer.
+pub struct Checkpoint {
+    config: ModelConfig,
+    weights: Weights,
+    tokenizer: TokenizerFrom,
+}
+
+impl std::fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Checkpoint").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl Checkpoint {
+    /// Opens a Hugging Face directory. Headers are read and checked, weights are not touched.
+    pub fn open(dir: &Path, options: &OpenOptions) -> Result<Self, CheckpointError> {
+        directory::open(dir, *options)
+    }
+
+    /// A model whose files are in memory, as the embedded one. Weights are views of `safetensors`.
+    pub fn from_bytes(
+        name: &str,
+        config_json: &[u8],
+        safetensors: HostBytes,
+        tokenizer_json: Option<&[u8]>,
+    ) -> Result<Self, CheckpointError> {
+        let file = |file: &str| format!("{name}/{file}");
+        let (family, mut config) = family::read_config(&file("config.json"), name, config_json, None)?;
+        let path = file("model.safetensors");
+        let bytes = safetensors.as_slice();
+        let file_len = bytes.len() as u64;
+        let end = header::end(&path, &bytes[..bytes.len().min(8)], file_len)?;
+        let raw = header::parse(&path, &bytes[8..end], file_len)?;
+        let files = vec![TensorFile { path: (&path).into(), storage: Storage::Memory(safetensors) }];
+        let stored = Stored::resolve(&path, family, &mut config, files, &[raw])?;
+        let tokenizer = tokenizer_json.map_or(TokenizerFrom::Nowhere, |bytes| TokenizerFrom::Json {
+            file: file("tokenizer.json"),
+            bytes: bytes.to_vec(),
+        });
+        Ok(Self { config, weights: Weights::Stored(stored), tokenizer })
+    }
+
+    /// A model of random weights, N(0, 0.02), for measuring: a function of seed, canonical name and global row-major
+    /// element index, the same for every mesh. Norms are one and zero, biases zero. Made when they are asked for.
+    pub fn random(config: ModelConfig, seed: u64) -> Self {
+        Self { config, weights: Weights::Random(Random::new(seed)), tokenizer: TokenizerFrom::Nowhere }
+    }
+
+    /// The model.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The model's tokenizer, if it has one.
+    pub fn tokenizer(&self) -> Result<Option<Tokenizer>, TokenizerError> {
+        let n_vocab = self.config.n_vocab;
+        match &self.tokenizer {
+            TokenizerFrom::Nowhere => Ok(None),
+            TokenizerFrom::Json { file, bytes } => Tokenizer::from_json(file, bytes, n_vocab).map(Some),
+            TokenizerFrom::Directory(dir) => Tokenizer::open(dir, n_vocab),
+        }
+    }
+
+    /// What rank `tp_rank` of `tp` holds of a matrix, in the stored type and layout: views of mapped files, or memory
+    /// that holds the cut alone. Parts follow each other along the outputs; empty ones are left out.
+    ///
+    /// Rows that pad a vocabulary ([`TensorSlice::n_padding`](dist_core::TensorSlice)) are in no file and are not made
+    /// here: the last ranks get fewer rows, possibly none.
+    ///
+    /// Panics if `spec` is a vector.
+    pub fn weight(
+        &self,
+        spec: &TensorSpec,
+        tp: usize,
+        tp_rank: usize,
+    ) -> Result<HostWeight, CheckpointError> {
+        match &self.weights {
+            Weights::Stored(stored) => stored.weight(spec, tp, tp_rank),
+            Weights::Random(random) => random.weight(spec, tp, tp_rank),
+        }
+    }
+
+    /// What rank `tp_rank` of `tp` holds of a bias or a norm, in f32.
+    ///
+    /// Panics if `spec` is a matrix.
+    pub fn vector(&self, spec: &TensorSpec, tp: usize, tp_rank: usize) -> Result<Vec<f32>, CheckpointError> {
+        match &self.weights {
+            Weights::Stored(stored) => stored.vector(spec, tp, tp_rank),
+            Weights::Random(_) => Ok(Random::vector(spec, tp, tp_rank)),
+        }
+    }
+
+    /// Bytes of all tensors in use; a tied head counts once.
+    pub fn weight_bytes(&self) -> u64 {
+        match &self.weights {
+            Weights::Stored(stored) => stored.n_bytes(),
+            Weights::Random(_) => {
+                dist_core::decoder_specs(&self.config).iter().map(|spec| spec.n_bytes() as u64).sum()
+            }
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! The engine: a scheduler that decides, a runner that computes, and the text of what they made. Four lines a step.
+
+mod text;
+
+use std::sync::Arc;
+use std::sync::mpsc::{SendError, Sender};
+
+use dist_core::Rank;
+use dist_core::plan::Plan;
+use dist_kernels::{Backend, KernelError};
+
+use crate::checkpoint::Checkpoint;
+use crate::decoder::{Decoder, LoadError, LoadProgress};
+use crate::request::{Event, Request, RequestId};
+use crate::runner::{Comms, RunError, Runner};
+use crate::scheduler::{Limits, RequestError, Scheduler, Stats};
+use crate::step::StepBatch;
+use crate::tokenizer::Tokenizer;
+use text::Texts;
+
+/// Why the engine cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The weights could not be taken in.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// Cache or workspace could not be taken.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// A step failed.
+    #[error(transparent)]
+    Run(#[from] RunError),
+    /// A follower ended.
+    #[error("a follower rank ended before step {step}")]
+    FollowerLost {
+        /// The step that could not be sent.
+        step: u64,
+    },
+}
+
+/// The ranks that run the same steps as the leader.
+#[derive(Default)]
+pub enum Followers {
+    /// None: the leader is alone.
+    #[default]
+    None,
+    /// Threads of this process.
+    Threads(Vec<Sender<Arc<StepBatch>>>),
+}
+
+impl Followers {
+    fn broadcast(&self, batch: &StepBatch) -> Result<(), EngineError> {
+        let Self::Threads(senders) = self else { return Ok(()) };
+        let shared = Arc::new(batch.clone());
+        let lost =
+            |SendError(batch): SendError<Arc<StepBatch>>| EngineError::FollowerLost { step: batch.step };
+        senders.iter().try_for_each(|sender| sender.send(Arc::clone(&shared)).map_err(lost))
+    }
+}
+
+/// Runs requests on the leading rank.
+pub struct Engine<B: Backend> {
+    runner: Runner<B>,
+    followers: Followers,
+    scheduler: Scheduler,
+    texts: Texts,
+}
+
+/// Loads what `rank` holds under `plan` and takes all memory of its steps.
+pub fn start_rank<B: Backend>(
+    mut backend: B,
+    comms: Comms,
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    rank: Rank,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Runner<B>, EngineError> {
+    let decoder = Decoder::load(&mut backend, checkpoint, plan, rank, progress)?;
+    Ok(Runner::new(backend, comms, decoder, checkpoint.config(), plan, rank)?)
+}
+
+impl<B: Backend> Engine<B> {
+    /// An engine over a rank that is ready. Without a tokenizer events carry no text and stop strings never match.
+    pub fn new(
+        runner: Runner<B>,
+        followers: Followers,
+        plan: &Plan,
+        tokenizer: Option<Arc<Tokenizer>>,
+    ) -> Self {
+        let limits = Limits {
+            max_seqs: plan.limits.max_seqs,
+            max_batch_tokens: plan.limits.max_batch_tokens,
+            max_seq_len: plan.limits.max_seq_len,
+            max_sample_rows: plan.limits.max_sample_rows,
+            n_blocks: plan.kv.n_blocks,
+            block_size: plan.kv.block_size,
+        };
+        let scheduler = Scheduler::new(limits, plan.model.eos_ids.clone(), plan.model.n_vocab);
+        Self { runner, followers, scheduler, texts: Texts::new(tokenizer) }
+    }
+
+    /// Takes a request in, or says why it never could be served.
+    pub fn add(&mut self, request: Request) -> Result<(), RequestError> {
+        self.texts.check(&request)?;
+        self.scheduler.add(request.clone())?;
+        self.texts.begin(&request);
+        Ok(())
+    }
+
+    /// Takes a request back; whether it was there. Its samples end with the next step's events.
+    pub fn cancel(&mut self, id: RequestId) -> bool {
+        self.scheduler.cancel(id)
+    }
+
+    /// Runs one step and tells what happened; nothing to do is no event.
+    pub fn step(&mut self) -> Result<Vec<Event>, EngineError> {
+        let Some(batch) = self.scheduler.schedule() else { return Ok(self.ended()) };
+        self.followers.broadcast(&batch)?;
+        self.runner.submit(&batch)?;
+        let output = self.runner.collect()?.expect("a step was submitted");
+        let commits = self.scheduler.commit(&batch, &output);
+        Ok(self.texts.events(commits, &mut self.scheduler))
+    }
+
+    /// Samples that ended without a step.
+    fn ended(&mut self) -> Vec<Event> {
+        let commits = self.scheduler.take_ended();
+        self.texts.events(commits, &mut self.scheduler)
+    }
+
+    /// Whether every request has ended.
+    pub fn is_idle(&self) -> bool {
+        self.scheduler.is_idle()
+    }
+
+    /// What is running and waiting.
+    pub fn stats(&self) -> Stats {
+        self.scheduler.stats()
+    }
+
+    /// The device.
+    pub fn backend(&mut self) -> &mut B {
+        self.runner.backend()
+    }
+}
