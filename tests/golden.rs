@@ -2,6 +2,7 @@
 //! the demo model.
 
 #[path = "support/fixtures.rs"]
+#[allow(dead_code, reason = "support is shared; no test needs all of it")]
 mod fixtures;
 
 use dist_core::Mesh;
@@ -44,6 +45,7 @@ fn max_diff(found: &[f32], expected: &[f32]) -> f32 {
 }
 
 /// Logits of every case, each prompt in one chunk; the largest difference.
+#[expect(clippy::print_stdout, reason = "the difference that was seen belongs beside the bound")]
 fn check_logits(checkpoint: &Checkpoint, cases: &[(Vec<u32>, Vec<f32>)], bound: f32) {
     let plan = plan(checkpoint.config(), Mesh::SOLO, wide(checkpoint.config()), 64);
     let mut runner = runner(checkpoint, &plan, 2, CpuPath::Auto);

@@ -2,6 +2,7 @@
 //! threads, on the instructions used, on preemption, nor on the tensor-parallel degree where widths divide.
 
 #[path = "support/fixtures.rs"]
+#[allow(dead_code, reason = "support is shared; no test needs all of it")]
 mod fixtures;
 
 use std::sync::Arc;
@@ -40,7 +41,11 @@ fn requests(n: usize, n_vocab: u32) -> Vec<Request> {
         let len = 1 + (i * 7) % 40;
         let prompt = (0..len).map(|j| (3 + i * 31 + j * j * 17 + j) as u32 % n_vocab).collect();
         let drawn = Sampling { temperature: 0.9, top_k: 50, top_p: 0.95, seed: i as u64, ..greedy(20) };
-        Request { id: RequestId(i as u64), prompt, sampling: if i % 2 == 0 { greedy(20) } else { drawn } }
+        Request {
+            id: RequestId(i as u64),
+            prompt,
+            sampling: if i.is_multiple_of(2) { greedy(20) } else { drawn },
+        }
     };
     (0..n).map(request).collect()
 }

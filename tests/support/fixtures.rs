@@ -15,20 +15,20 @@ use dist_models::runner::{Comms, Runner};
 use serde::Deserialize;
 
 /// The models of `tests/fixtures`.
-pub const NAMES: [&str; 6] =
+pub(crate) const NAMES: [&str; 6] =
     ["gpt2", "gpt2-erf-inner", "gpt2-scaled-attn", "opt", "opt-post-norm-proj", "gpt-neo-banded"];
 
 /// One case of a `golden.json`, made by Hugging Face transformers in float32.
 #[derive(Deserialize)]
-pub struct Case {
+pub(crate) struct Case {
     /// The prompt.
-    pub ids: Vec<u32>,
+    pub(crate) ids: Vec<u32>,
     /// Logits after the last token.
-    pub logits: Vec<f32>,
+    pub(crate) logits: Vec<f32>,
     /// Log-probabilities of `ids[1..]`.
-    pub logprobs: Vec<f32>,
+    pub(crate) logprobs: Vec<f32>,
     /// Twelve greedy tokens.
-    pub greedy: Vec<u32>,
+    pub(crate) greedy: Vec<u32>,
 }
 
 #[derive(Deserialize)]
@@ -37,7 +37,7 @@ struct Golden {
 }
 
 /// The repository: `DIST_REPO`, or the first folder upwards that holds `tests/fixtures`.
-pub fn repo() -> PathBuf {
+pub(crate) fn repo() -> PathBuf {
     if let Some(root) = std::env::var_os("DIST_REPO") {
         return root.into();
     }
@@ -47,7 +47,7 @@ pub fn repo() -> PathBuf {
 }
 
 /// A fixture and its golden cases.
-pub fn fixture(name: &str) -> (Checkpoint, Vec<Case>) {
+pub(crate) fn fixture(name: &str) -> (Checkpoint, Vec<Case>) {
     let dir = repo().join("tests/fixtures").join(name);
     let golden = std::fs::read_to_string(dir.join("golden.json")).expect("golden.json");
     let golden: Golden = serde_json::from_str(&golden).expect("golden cases");
@@ -56,7 +56,7 @@ pub fn fixture(name: &str) -> (Checkpoint, Vec<Case>) {
 }
 
 /// A plan of `mesh` for small models: everything fits unless `limits` says otherwise.
-pub fn plan(config: &ModelConfig, mesh: Mesh, limits: Limits, n_blocks: usize) -> Plan {
+pub(crate) fn plan(config: &ModelConfig, mesh: Mesh, limits: Limits, n_blocks: usize) -> Plan {
     let stages =
         (0..mesh.pp).map(|stage| dist_core::shape::split_even(config.n_layers, mesh.pp, stage).1).collect();
     Plan {
@@ -73,29 +73,39 @@ pub fn plan(config: &ModelConfig, mesh: Mesh, limits: Limits, n_blocks: usize) -
 }
 
 /// Limits under which a whole fixture prompt runs in one chunk.
-pub fn wide(config: &ModelConfig) -> Limits {
+pub(crate) fn wide(config: &ModelConfig) -> Limits {
     Limits { max_seq_len: config.n_ctx, max_seqs: 64, max_batch_tokens: 512, max_sample_rows: 512 }
 }
 
 /// A CPU backend whose idle threads sleep soon: tests run side by side.
-pub fn backend(threads: usize, path: CpuPath) -> CpuBackend {
+pub(crate) fn backend(threads: usize, path: CpuPath) -> CpuBackend {
     CpuBackend::new(CpuOptions { threads, path, spin: Duration::from_micros(20) }).expect("a CPU backend")
 }
 
 /// A one-rank runner.
-pub fn runner(checkpoint: &Checkpoint, plan: &Plan, threads: usize, path: CpuPath) -> Runner<CpuBackend> {
+pub(crate) fn runner(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    threads: usize,
+    path: CpuPath,
+) -> Runner<CpuBackend> {
     let backend = backend(threads, path);
     let comms = Comms { tp: Comm::Solo(Solo::new()), pp: Comm::Solo(Solo::new()) };
     start_rank(backend, comms, checkpoint, plan, Rank(0), &mut |_| {}).expect("a fixture loads")
 }
 
 /// Greedy, with every log-probability reported.
-pub fn greedy(max_new_tokens: usize) -> Sampling {
-    Sampling { ignore_eos: true, logprobs: Some(0), prompt_logprobs: true, ..Sampling::greedy(max_new_tokens) }
+pub(crate) fn greedy(max_new_tokens: usize) -> Sampling {
+    Sampling {
+        ignore_eos: true,
+        logprobs: Some(0),
+        prompt_logprobs: true,
+        ..Sampling::greedy(max_new_tokens)
+    }
 }
 
 /// A row that is not drawn from.
-pub fn greedy_row() -> SampleRow {
+pub(crate) fn greedy_row() -> SampleRow {
     SampleRow {
         target: None,
         counts: Vec::new(),

@@ -5,8 +5,8 @@
 mod check;
 
 pub use dist_core::Activation;
-pub use dist_core::plan::K_SEGMENTS;
 use dist_core::KvLayout;
+pub use dist_core::plan::K_SEGMENTS;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::Backend;

@@ -6,8 +6,8 @@ use dist_core::raw::{PeerHandle, PeerWindow, RawBuf};
 use dist_core::{Activation, DType};
 
 use crate::args::{
-    AddBiasArgs, AddBiasNormArgs, AttentionArgs, EmbedArgs, Epilogue, GatherRowsArgs, LinearArgs, LogitsArgs, Norm,
-    Prologue, Residual, SampleArgs, Then,
+    AddBiasArgs, AddBiasNormArgs, AttentionArgs, EmbedArgs, Epilogue, GatherRowsArgs, LinearArgs, LogitsArgs,
+    Norm, Prologue, Residual, SampleArgs, Then,
 };
 use crate::backend::Backend;
 use crate::error::{KernelError, Result};

@@ -148,9 +148,8 @@ fn one_row_is_any_row_among_many() {
         for layout in LAYOUTS {
             let problem = Problem::new(40, n, k, dtype);
             let mut fast = backend(2, CpuPath::Auto);
-            let alone: Vec<Vec<u32>> = (0..40)
-                .map(|row| problem.row(row).run(&mut fast, problem.host(layout, 1, 0), 8))
-                .collect();
+            let alone: Vec<Vec<u32>> =
+                (0..40).map(|row| problem.row(row).run(&mut fast, problem.host(layout, 1, 0), 8)).collect();
             for path in paths {
                 let mut backend = backend(2, path);
                 for rows in 1..=40 {
@@ -260,7 +259,11 @@ fn the_sign_of_zero_is_the_same_on_every_way() {
             let problem = Problem { rows, n: 5, k, dtype: DType::F32, x: vec![1e-30; rows * k], w };
             let want = problem.row(0).plain(&mut backend, 2).repeat(rows);
             for layout in LAYOUTS {
-                assert_eq!(problem.run(&mut backend, problem.host(layout, 1, 0), 2), want, "{rows} rows of {k}");
+                assert_eq!(
+                    problem.run(&mut backend, problem.host(layout, 1, 0), 2),
+                    want,
+                    "{rows} rows of {k}"
+                );
             }
         }
     }

@@ -244,16 +244,12 @@ impl<B: Backend> Decoder<B> {
 
     /// The norm after block `i`, fused into its last step: the next block's, the final one, or the block's own.
     fn norm_after(&self, i: usize) -> Norm<'_, B> {
-        match self.shape.norm_position {
-            NormPosition::Post => self.blocks[i].norm2.as_norm(),
-            NormPosition::Pre => match self.blocks.get(i + 1) {
-                Some(next) => next.norm1.as_norm(),
-                None => {
-                    let final_norm = self.head.as_ref().and_then(|head| head.final_norm.as_ref());
-                    final_norm.map_or(Norm::None, NormWeights::as_norm)
-                }
-            },
+        if self.shape.norm_position == NormPosition::Post {
+            return self.blocks[i].norm2.as_norm();
         }
+        let next = self.blocks.get(i + 1).map(|next| &next.norm1);
+        let last = || self.head.as_ref().and_then(|head| head.final_norm.as_ref());
+        next.or_else(last).map_or(Norm::None, NormWeights::as_norm)
     }
 
     fn keep(&self) -> Residual {

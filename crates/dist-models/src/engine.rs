@@ -102,8 +102,9 @@ impl<B: Backend> Engine<B> {
     /// Takes a request in, or says why it never could be served.
     pub fn add(&mut self, request: Request) -> Result<(), RequestError> {
         self.texts.check(&request)?;
-        self.scheduler.add(request.clone())?;
-        self.texts.begin(&request);
+        let (id, sampling) = (request.id, request.sampling.clone());
+        self.scheduler.add(request)?;
+        self.texts.begin(id, &sampling);
         Ok(())
     }
 

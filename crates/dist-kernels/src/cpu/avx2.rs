@@ -211,8 +211,7 @@ impl Simd for Avx2 {
     fn sum_each(self, v: [__m256; LANES]) -> __m256 {
         // Vectors i and i + 4 share a register; a blend and a crossing shuffle bring the halves together, and since
         // addition commutes it does not matter which half comes first.
-        let [a, b, c, d] =
-            [halves(v[0], v[4]), halves(v[1], v[5]), halves(v[2], v[6]), halves(v[3], v[7])];
+        let [a, b, c, d] = [halves(v[0], v[4]), halves(v[1], v[5]), halves(v[2], v[6]), halves(v[3], v[7])];
         let (e, f) = (quarters(a, b), quarters(c, d));
         op!(_mm256_add_ps(_mm256_shuffle_ps::<0x88>(e, f), _mm256_shuffle_ps::<0xDD>(e, f)))
     }

@@ -109,14 +109,10 @@ impl CpuBuf {
         let available = bytes.as_slice().len();
         let end = len.checked_mul(dtype.bytes()).and_then(|size| size.checked_add(offset));
         match end {
-            Some(end) if end <= available => {
-                Ok(Self { dtype, len, memory: Memory::View { bytes, offset } })
+            Some(end) if end <= available => Ok(Self { dtype, len, memory: Memory::View { bytes, offset } }),
+            _ => {
+                Err(KernelError::HostRange { start: offset, end: end.unwrap_or(usize::MAX), len: available })
             }
-            _ => Err(KernelError::HostRange {
-                start: offset,
-                end: end.unwrap_or(usize::MAX),
-                len: available,
-            }),
         }
     }
 

@@ -117,7 +117,8 @@ fn linear_stored<E: Stored>(runner: Runner<'_>, product: &Product<'_>) {
     match weight.layout {
         Layout::Nk if rows == 1 => {
             let bytes_per_output = (weight.k * E::BYTES).max(1);
-            let width = width(weight.n, threads, 8).min(align_up(TASK_BYTES_MAX / bytes_per_output, 8)).max(8);
+            let width =
+                width(weight.n, threads, 8).min(align_up(TASK_BYTES_MAX / bytes_per_output, 8)).max(8);
             run_tasks(runner.pool, weight, width, &|outputs, _| {
                 runner.kernels.run(RowTask::<E>::new(product, outputs));
             });
@@ -134,7 +135,8 @@ fn linear_stored<E: Stored>(runner: Runner<'_>, product: &Product<'_>) {
 
 fn linear_blocks<E: Stored>(runner: Runner<'_>, product: &Product<'_>) {
     let Product { weight, rows, .. } = *product;
-    let rows_max = (BLOCK_FLOATS / product.segments.padded_len().max(1)).clamp(BLOCK_ROWS_MIN, BLOCK_ROWS_MAX);
+    let rows_max =
+        (BLOCK_FLOATS / product.segments.padded_len().max(1)).clamp(BLOCK_ROWS_MIN, BLOCK_ROWS_MAX);
     let n_blocks = div_ceil(rows, rows_max);
     // Few rows read a tile's weights as one stretch; many rows rather keep their segment of `x` in the cache.
     let width_max = if rows <= FEW_ROWS { TILE_WIDTH } else { BLOCK_WIDTH };

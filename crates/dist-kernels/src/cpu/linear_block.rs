@@ -177,13 +177,8 @@ fn multiply<S: Simd, E: Stored>(s: S, task: &mut BlockTask<'_, E>, chunk: Chunk,
     let (tile, stride) = (task.tile.as_mut_ptr(), chunk.stride());
     assert!(chunk.n.next_multiple_of(LANES) * stride <= task.tile.len(), "the tile fits");
     let period = task.rows.len.div_ceil(R);
-    let ahead = Ahead {
-        w: next,
-        stride: source.stride,
-        group_bytes: Ahead::group_bytes::<E>(),
-        phase: 0,
-        period,
-    };
+    let ahead =
+        Ahead { w: next, stride: source.stride, group_bytes: Ahead::group_bytes::<E>(), phase: 0, period };
     let mut is_widened = false;
     // SAFETY: source and tile are large enough by the two assertions.
     unsafe {

@@ -211,10 +211,7 @@ impl<E: Stored, const R: usize, const N: usize, const WIDEN: bool> Kernel for St
 
 /// Adds the lanes of each of the at most sixteen accumulators.
 #[inline(always)]
-pub(super) fn sum_lanes<S: Simd, const R: usize, const N: usize>(
-    s: S,
-    acc: [[S::V; N]; R],
-) -> Sums<S::V> {
+pub(super) fn sum_lanes<S: Simd, const R: usize, const N: usize>(s: S, acc: [[S::V; N]; R]) -> Sums<S::V> {
     const { assert!(R * N <= 2 * LANES, "sums of a tile fill two vectors") };
     let mut flat = [[s.zero(); LANES]; 2];
     for r in 0..R {

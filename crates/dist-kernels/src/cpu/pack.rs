@@ -19,11 +19,7 @@ pub(super) struct Source {
 /// Copies row `row` of `x` to `[segment][row][padded_len]`, filled up with zeros.
 ///
 /// `piece(start, len)` gives the elements of the packed copy that belong to this row.
-pub(super) fn pack_row<'a>(
-    x: &[f32],
-    segments: Segments,
-    mut piece: impl FnMut(usize) -> &'a mut [f32],
-) {
+pub(super) fn pack_row<'a>(x: &[f32], segments: Segments, mut piece: impl FnMut(usize) -> &'a mut [f32]) {
     for idx in 0..segments.count {
         let (start, len) = segments.range(idx);
         let packed = piece(idx);

@@ -223,7 +223,7 @@ impl Stored {
         let all_inputs = 0..k_total;
         let (outputs, inputs) = match slice.dim {
             0 => (slice.ranges, all_inputs),
-            _ => (Vec::from([0..entry.shape[0]]), slice.ranges[0].clone()),
+            _ => (std::iter::once(0..entry.shape[0]).collect(), slice.ranges[0].clone()),
         };
         let mut parts = Vec::new();
         for output in outputs {

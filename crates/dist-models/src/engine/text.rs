@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::request::{Event, FinishReason, Request, RequestId};
+use crate::request::{Event, FinishReason, Request, RequestId, Sampling};
 use crate::scheduler::{Commit, RequestError, Scheduler};
 use crate::stop::{Piece, StopMatcher};
 use crate::tokenizer::{TextStream, Tokenizer};
@@ -26,14 +26,13 @@ impl Texts {
     }
 
     /// Prepares the texts of a request's samples. The scheduler has looked at the rest of it.
-    pub(super) fn begin(&mut self, request: &Request) {
+    pub(super) fn begin(&mut self, id: RequestId, s: &Sampling) {
         let Some(tokenizer) = &self.tokenizer else { return };
-        let s = &request.sampling;
         for sample_idx in 0..s.n {
             let stop = StopMatcher::new(&s.stop, s.min_new_tokens)
                 .expect("the scheduler refuses empty stop strings");
             let stream = TextStream::new(Arc::clone(tokenizer));
-            self.samples.insert((request.id, sample_idx), SampleText { stream, stop });
+            self.samples.insert((id, sample_idx), SampleText { stream, stop });
         }
     }
 
