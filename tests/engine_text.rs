@@ -94,9 +94,14 @@ fn a_stop_string_ends_the_text_just_before_it() {
     // Strings from inside the text, across the borders of its tokens.
     for start in [5, 17, 40, 71] {
         let stop: String = whole.chars().skip(start).take(6).collect();
-        let stopped = demo.run(PROMPT, &Sampling { stop: vec!["never said".into(), stop.clone()], ..greedy(64) });
+        let stopped =
+            demo.run(PROMPT, &Sampling { stop: vec!["never said".into(), stop.clone()], ..greedy(64) });
         let expected = &whole[..whole.find(&stop).expect("cut from it")];
-        assert_eq!((stopped[0].text.as_str(), stopped[0].reason), (expected, Some(FinishReason::Stop)), "{stop:?}");
+        assert_eq!(
+            (stopped[0].text.as_str(), stopped[0].reason),
+            (expected, Some(FinishReason::Stop)),
+            "{stop:?}"
+        );
         assert!(stopped[0].ids.len() < 64, "it stops early");
     }
 }
@@ -112,7 +117,10 @@ fn a_stop_token_counts_but_has_no_text() {
     assert_eq!(stopped.text, demo.tokenizer.decode(&whole.ids[..first]));
     assert_eq!(stopped.reason, Some(FinishReason::Stop));
     let later = Sampling { stop_ids: vec![stop], min_new_tokens: first + 4, ..greedy(32) };
-    assert!(demo.run(PROMPT, &later)[0].ids.len() > first + 1, "stop tokens are not drawn before the minimum");
+    assert!(
+        demo.run(PROMPT, &later)[0].ids.len() > first + 1,
+        "stop tokens are not drawn before the minimum"
+    );
 }
 
 #[test]

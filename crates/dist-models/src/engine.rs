@@ -2,6 +2,7 @@
 
 mod text;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{SendError, Sender};
 
@@ -64,6 +65,9 @@ pub struct Engine<B: Backend> {
     followers: Followers,
     scheduler: Scheduler,
     texts: Texts,
+    /// Steps that were submitted and not committed, oldest first; one a pipeline stage at most.
+    in_flight: VecDeque<StepBatch>,
+    depth: usize,
 }
 
 /// Loads what `rank` holds under `plan` and takes all memory of its steps.
@@ -95,8 +99,11 @@ impl<B: Backend> Engine<B> {
             n_blocks: plan.kv.n_blocks,
             block_size: plan.kv.block_size,
         };
-        let scheduler = Scheduler::new(limits, plan.model.eos_ids.clone(), plan.model.n_vocab);
-        Self { runner, followers, scheduler, texts: Texts::new(tokenizer) }
+        let depth = plan.mesh.pp;
+        let scheduler =
+            Scheduler::new(limits, plan.model.eos_ids.clone(), plan.model.n_vocab).for_stages(depth);
+        let texts = Texts::new(tokenizer);
+        Self { runner, followers, scheduler, texts, in_flight: VecDeque::new(), depth }
     }
 
     /// Takes a request in, or says why it never could be served.
@@ -113,11 +120,15 @@ impl<B: Backend> Engine<B> {
         self.scheduler.cancel(id)
     }
 
-    /// Runs one step and tells what happened; nothing to do is no event.
+    /// Keeps every stage busy, then waits for the oldest step and tells what it did; nothing to do is no event.
     pub fn step(&mut self) -> Result<Vec<Event>, EngineError> {
-        let Some(batch) = self.scheduler.schedule() else { return Ok(self.ended()) };
-        self.followers.broadcast(&batch)?;
-        self.runner.submit(&batch)?;
+        while self.in_flight.len() < self.depth {
+            let Some(batch) = self.scheduler.schedule() else { break };
+            self.followers.broadcast(&batch)?;
+            self.runner.submit(&batch)?;
+            self.in_flight.push_back(batch);
+        }
+        let Some(batch) = self.in_flight.pop_front() else { return Ok(self.ended()) };
         let output = self.runner.collect()?.expect("a step was submitted");
         let commits = self.scheduler.commit(&batch, &output);
         Ok(self.texts.events(commits, &mut self.scheduler))

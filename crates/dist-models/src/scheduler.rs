@@ -71,6 +71,7 @@ pub struct Scheduler {
     n_arrived: u64,
     n_steps: u64,
     n_preemptions: u64,
+    n_stages: usize,
 }
 
 impl Scheduler {
@@ -89,10 +90,18 @@ impl Scheduler {
             n_arrived: 0,
             n_steps: 0,
             n_preemptions: 0,
+            n_stages: 1,
             limits,
             eos_ids,
             n_vocab,
         }
+    }
+
+    /// For a pipeline of `n_stages`, each of which has a batch: sequences are dealt to that many batches, and none is
+    /// in two of them, since the first stage learns what was drawn only from the last one.
+    #[must_use]
+    pub fn for_stages(self, n_stages: usize) -> Self {
+        Self { n_stages, ..self }
     }
 
     /// Takes a request in, or says why it cannot be served. A refused request leaves no trace.
@@ -106,7 +115,8 @@ impl Scheduler {
         self.n_arrived += 1;
         for sample_idx in 0..request.sampling.n {
             let key = SeqKey { arrival, sample_idx };
-            let seq = Sequence::new(key, Arc::clone(&request), Arc::clone(&stop_ids), &self.limits);
+            let mut seq = Sequence::new(key, Arc::clone(&request), Arc::clone(&stop_ids), &self.limits);
+            seq.sees_all |= self.n_stages > 1;
             // Where only the prompt is scored, the first sample does it all, and one token has nothing to score.
             match seq.finish_reason() {
                 Some(reason) => self.ended.push(Commit::Finished { id: request.id, sample_idx, reason }),
@@ -187,15 +197,17 @@ impl Scheduler {
         }
     }
 
-    /// One row for every sequence that continues its output, in order of arrival.
+    /// One row for every sequence that continues its output, in order of arrival; a stage's share of them at most.
     fn decode(&mut self, writer: &mut BatchWriter) {
+        let mut n_left = self.running.len().div_ceil(self.n_stages);
         let mut i = 0;
         // Preemption takes sequences off the end.
-        while i < self.running.len() {
+        while i < self.running.len() && n_left > 0 {
             let is_decoding = self.running[i].seq.is_decoding(&self.running[i].seat);
             if is_decoding && self.make_room(i) {
                 let Running { seq, seat } = &mut self.running[i];
                 writer.push(&self.pool, seq, seat, 1);
+                n_left -= 1;
             }
             i += 1;
         }

@@ -108,14 +108,16 @@ fn check_cover(entries: &[(String, Entry)], data_len: u64, findings: &mut Findin
             format!("{data_len} bytes"),
         );
     }
-    let mut next = 0;
+    let (mut next, mut is_beyond) = (0, false);
     for (name, Entry { data_offsets: (start, end), .. }) in order {
         let found = || format!("bytes {start} to {end}");
         if end < start {
             findings.add(name, "a range that ends after its start", found());
             continue;
         }
-        if *end > data_len {
+        if *end > data_len && !is_beyond {
+            // All that follow are beyond as well; one says where it begins.
+            is_beyond = true;
             findings.add(name, format!("a range within the {data_len} bytes of data"), found());
         }
         match (*start).cmp(&next) {

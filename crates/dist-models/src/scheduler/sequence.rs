@@ -42,6 +42,8 @@ pub(crate) struct Sequence {
     pub(crate) n_scoring: usize,
     /// Of those, the ones that are committed.
     pub(crate) n_scored: usize,
+    /// Whether every token has to be known before the next row is computed.
+    pub(crate) sees_all: bool,
     /// Kept only if a penalty needs it; sorted by token.
     counts: Option<Vec<TokenCount>>,
     /// Tokens that end the sample, sorted.
@@ -72,6 +74,8 @@ impl Sequence {
             n_to_score: if scores { prompt_len - 1 } else { 0 },
             n_scoring: 0,
             n_scored: 0,
+            // Penalties count every token before.
+            sees_all: is_penalised,
             counts: is_penalised.then(Vec::new),
             stop_ids,
             request,
@@ -104,8 +108,7 @@ impl Sequence {
             return if is_done { 0 } else { self.prompt_len() - 1 - n_cached };
         }
         let is_full = self.n_new() + self.n_drawing >= self.max_new_tokens;
-        // Penalties count every token before, so that the host has to see it first.
-        let must_see = self.counts.is_some() && self.n_drawing > 0;
+        let must_see = self.sees_all && self.n_drawing > 0;
         if is_full || must_see { 0 } else { self.len_ahead() - n_cached }
     }
 
