@@ -161,6 +161,9 @@ impl Line {
                 Wait::UntilSilentFor(limit) => (silence, limit),
             };
             if waited >= limit {
+                if matches!(wait, Wait::UntilSilentFor(_)) {
+                    watch.tell_lost(self.rank);
+                }
                 return Err(self.timeout(waited, watch));
             }
             self.poll(PollFlags::IN);
@@ -193,7 +196,6 @@ impl Line {
     }
 
     fn timeout(&self, waited: Duration, watch: &Watch) -> ControlError {
-        watch.tell_lost(self.rank);
         let last = watch.board().seen(self.rank, Instant::now()).map(Box::new);
         ControlError::Timeout { rank: self.rank, waited, last }
     }

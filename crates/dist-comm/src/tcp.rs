@@ -10,7 +10,7 @@ pub(crate) mod packet;
 mod wait;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dist_core::raw::RawBuf;
 use dist_core::{DType, Rank};
@@ -41,6 +41,8 @@ pub struct Tcp {
     n_cores: usize,
     /// Collectives so far.
     calls: u64,
+    /// The last call in which all members were seen, and when.
+    met: Option<(Call, Instant)>,
     /// Sends to and receives from each member so far.
     pairs: Vec<[u64; 2]>,
     /// Where a part is added before it replaces ours.
@@ -68,6 +70,7 @@ impl Tcp {
             one_shot_bytes_max: ONE_SHOT_BYTES_MAX,
             n_cores: crate::deadline::n_cores(),
             calls: 0,
+            met: None,
             pairs: vec![[0; 2]; n],
             scratch: vec![0; packet::PACKET_BYTES],
             broken: None,
@@ -107,7 +110,7 @@ impl Tcp {
             return Err(error.clone());
         }
         let result = call(self);
-        self.watch.board().leave(std::time::Instant::now());
+        self.watch.board().leave(Instant::now());
         if let Err(error) = &result {
             tracing::debug!(%error, "communicator ended");
             self.tell_why(error);
@@ -129,15 +132,23 @@ impl Tcp {
     }
 
     /// Numbers a collective and enters it.
-    fn next(&mut self, op: Op, bytes: usize, dtype: DType, name: CallName) -> Call {
+    fn next(&mut self, op: Op, bytes: usize, dtype: DType, name: CallName) -> Result<Call, CommError> {
         self.calls += 1;
         let call = Call { number: self.calls, op, bytes, dtype, name };
-        self.enter(&call);
-        call
+        self.enter(&call)?;
+        Ok(call)
     }
 
-    fn enter(&self, call: &Call) {
-        self.watch.board().enter(&self.group, &self.named(*call), std::time::Instant::now());
+    /// Enters a call, unless somebody is lost already: then what may still be there to receive helps nobody.
+    fn enter(&self, call: &Call) -> Result<(), CommError> {
+        let board = self.watch.board();
+        if board.is_alarmed()
+            && let Some(loss) = board.loss(None)
+        {
+            return Err(self.lost(call, loss, Duration::ZERO));
+        }
+        board.enter(&self.group, &self.named(*call), Instant::now());
+        Ok(())
     }
 
     pub(crate) fn all_reduce_sum(&mut self, buf: RawBuf<'_>, name: CallName) -> Result<(), CommError> {
@@ -147,7 +158,7 @@ impl Tcp {
                 let (what, cure) = ("partial sums other than whole f32", "plan f32 as the wire type");
                 return Err(CommError::Unsupported { comm: "tcp", what, cure });
             }
-            let call = tcp.next(Op::AllReduce, bytes.len(), dtype, name);
+            let call = tcp.next(Op::AllReduce, bytes.len(), dtype, name)?;
             if bytes.len() <= tcp.one_shot_bytes_max {
                 tcp.reduce_one_shot(&call, bytes)
             } else {
@@ -164,7 +175,7 @@ impl Tcp {
     ) -> Result<(), CommError> {
         self.run(|tcp| {
             let ((src, dtype), (dst, _)) = (host(src)?, host(dst)?);
-            let call = tcp.next(Op::AllGather, src.len(), dtype, name);
+            let call = tcp.next(Op::AllGather, src.len(), dtype, name)?;
             let (found, expected) = (dst.len(), src.len() * tcp.world_size());
             if found != expected {
                 return Err(CommError::BufferSize { call: Box::new(call), found, expected });
@@ -176,7 +187,7 @@ impl Tcp {
     pub(crate) fn broadcast(&mut self, buf: RawBuf<'_>, root: Rank, name: CallName) -> Result<(), CommError> {
         self.run(|tcp| {
             let (bytes, dtype) = host(buf)?;
-            let call = tcp.next(Op::Broadcast { root }, bytes.len(), dtype, name);
+            let call = tcp.next(Op::Broadcast { root }, bytes.len(), dtype, name)?;
             if root.0 >= tcp.world_size() {
                 return Err(tcp.no_such_rank(call, root));
             }
@@ -191,7 +202,7 @@ impl Tcp {
 
     pub(crate) fn barrier(&mut self, name: CallName) -> Result<(), CommError> {
         self.run(|tcp| {
-            let call = tcp.next(Op::Barrier, 0, DType::U8, name);
+            let call = tcp.next(Op::Barrier, 0, DType::U8, name)?;
             tcp.gather(&call, &[], &mut [])
         })
     }
@@ -227,7 +238,7 @@ impl Tcp {
         let count = &mut self.pairs[peer.0][usize::from(matches!(op, Op::Recv { .. }))];
         *count += 1;
         call.number = *count;
-        self.enter(&call);
+        self.enter(&call)?;
         Ok(call)
     }
 

@@ -1,6 +1,8 @@
 //! How the bytes of a call travel: the algorithms, each a straight line of pushes and pulls. Every rank runs the same
 //! line, and never more than a few packets ahead of the slowest, so that rings of a few slots cannot lock up.
 
+use std::time::Instant;
+
 use dist_core::shape::{div_ceil, split_even};
 
 use super::Tcp;
@@ -18,7 +20,7 @@ impl Tcp {
             self.push(call, peer, label, bytes)?;
         }
         self.add_fronts(call, label, bytes)?;
-        self.flush_all(call)
+        self.end(call)
     }
 
     /// Each rank adds one part of each segment and hands it round: reduce-scatter and all-gather in one. The parts of
@@ -58,6 +60,12 @@ impl Tcp {
                 }
             }
         }
+        self.end(call)
+    }
+
+    /// The end of a call in which all members were heard.
+    fn end(&mut self, call: &Call) -> Result<(), CommError> {
+        self.met = Some((*call, Instant::now()));
         self.flush_all(call)
     }
 
@@ -98,7 +106,7 @@ impl Tcp {
                 }
             }
         }
-        self.flush_all(call)
+        self.end(call)
     }
 
     /// `bytes` to some peers.

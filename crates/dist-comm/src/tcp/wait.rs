@@ -12,7 +12,7 @@ use super::packet::Label;
 use crate::call::{Call, CallName, Op};
 use crate::control::board::{Board, SILENT_AFTER};
 use crate::deadline::{Deadline, Patience};
-use crate::error::{CommError, Departure, Missing};
+use crate::error::{CommError, Departure, Missing, Seen};
 
 /// How long what a lost rank sent before may still be on its way, and how long the word why it went.
 const GRACE: Duration = Duration::from_millis(100);
@@ -119,7 +119,7 @@ impl Tcp {
                 let since = *lost_since.get_or_insert_with(Instant::now);
                 // The word why may be behind the closed connection, and data before it.
                 if since.elapsed() >= GRACE {
-                    return Err(self.lost(call, peer, &deadline, broken));
+                    return Err(self.broken(call, peer, deadline.waited(), broken));
                 }
                 std::thread::sleep(Duration::from_millis(1));
             }
@@ -167,31 +167,43 @@ impl Tcp {
                 absent = late;
             }
         }
-        let missing = culprits(board, absent, now);
+        let named = culprits(board, absent, now).into_iter();
+        let missing = named.map(|rank| Missing { rank, last: self.seen(rank, now) }).collect();
         CommError::Timeout { call: Box::new(self.named(*call)), missing, waited }
     }
 
-    /// Somebody is gone.
-    fn lost(&self, call: &Call, peer: usize, deadline: &Deadline, broken: Option<io::Error>) -> CommError {
-        let (board, now) = (self.watch.board(), Instant::now());
-        let known = board.loss(Some(self.members[peer]));
-        let (rank, why) = known.unwrap_or_else(|| {
-            let closed =
-                broken.is_none_or(|error| error.kind() != io::ErrorKind::Other || error.get_ref().is_none());
-            let why = if closed {
-                Departure::Closed
-            } else {
-                Departure::Failed("it sent malformed bytes".to_owned())
-            };
+    /// Somebody is gone: whoever the watchdog knows of, else the peer whose connection broke.
+    fn broken(&self, call: &Call, peer: usize, waited: Duration, cause: Option<io::Error>) -> CommError {
+        let known = self.watch.board().loss(Some(self.members[peer]));
+        let loss = known.unwrap_or_else(|| {
+            // Errors of our own making are about bytes that make no sense.
+            let malformed = cause.filter(|error| error.get_ref().is_some());
+            let why = malformed.map_or(Departure::Closed, |error| Departure::Failed(error.to_string()));
             (self.members[peer], why)
         });
+        self.lost(call, loss, waited)
+    }
+
+    pub(super) fn lost(&self, call: &Call, (rank, why): (Rank, Departure), waited: Duration) -> CommError {
+        let last = self.seen(rank, Instant::now());
         let call = Box::new(self.named(*call));
         if matches!(why, Departure::GivenUp { .. }) {
             // It is there but did not come: the same sentence as from the rank that waited longest.
-            let missing = vec![Missing { rank, last: board.seen(rank, now) }];
-            return CommError::Timeout { call, missing, waited: deadline.waited() };
+            return CommError::Timeout { call, missing: vec![Missing { rank, last }], waited };
         }
-        CommError::RankLost { rank, call, last: board.seen(rank, now).map(Box::new), why }
+        CommError::RankLost { rank, call, last: last.map(Box::new), why }
+    }
+
+    /// Where a rank was last seen: what it told, or the last call in which we met it, whichever is later.
+    fn seen(&self, rank: Rank, now: Instant) -> Option<Seen> {
+        let told = self.watch.board().seen(rank, now);
+        let met = self.met.filter(|_| self.members.contains(&rank));
+        let met =
+            met.map(|(call, at)| Seen { call: self.named(call), ago: now.saturating_duration_since(at) });
+        match (told, met) {
+            (Some(told), Some(met)) => Some(if told.ago <= met.ago { told } else { met }),
+            (told, met) => told.or(met),
+        }
     }
 
     fn mismatch(&self, ours: &Call, peer: usize, theirs: Label) -> CommError {
@@ -207,7 +219,7 @@ impl Tcp {
 }
 
 /// Whom to name of those who did not come: the silent ones, else the ends of the chains of waits.
-fn culprits(board: &Board, absent: Vec<Rank>, now: Instant) -> Vec<Missing> {
+fn culprits(board: &Board, absent: Vec<Rank>, now: Instant) -> Vec<Rank> {
     let is_silent = |rank: &Rank| board.silence(*rank, now) >= SILENT_AFTER;
     let mut ranks: Vec<_> = absent.iter().copied().filter(is_silent).collect();
     if ranks.is_empty() {
@@ -215,7 +227,7 @@ fn culprits(board: &Board, absent: Vec<Rank>, now: Instant) -> Vec<Missing> {
     }
     ranks.sort_unstable();
     ranks.dedup();
-    ranks.into_iter().map(|rank| Missing { rank, last: board.seen(rank, now) }).collect()
+    ranks
 }
 
 /// Whether a call waits for all members.

@@ -22,7 +22,9 @@ pub(super) const TILE_WIDTH: usize = 24;
 const R: usize = 4;
 const N: usize = 3;
 /// Inputs of the widened tile, at most: longer segments come in chunks, their lanes being kept in between.
-const CHUNK: usize = 512;
+const CHUNK: usize = 256;
+/// Rows up to which each reads `[n, k]` weights as they are stored: widening would cost more than it saves.
+const DIRECT_ROWS_MAX: usize = 4;
 /// Tiles of rows in a block: all of four rows, but for the last two.
 const ROW_TILES_MAX: usize = BLOCK_ROWS_MAX / R + 1;
 const TILE_FLOATS: usize = TILE_WIDTH * CHUNK;
@@ -205,7 +207,7 @@ fn multiply<S: Simd, E: Stored>(s: S, task: &mut BlockTask<'_, E>, chunk: Chunk,
         }
         row += height;
         idx += 1;
-        is_widened = true;
+        is_widened |= task.rows.len > DIRECT_ROWS_MAX;
     }
 }
 
@@ -252,7 +254,7 @@ fn multiply_rows<S: Simd, E: Stored, const H: usize>(
             s.outlined(Strip::<StoredF32, H, N, false>::new(from, widened, lanes, part, sums));
         } else {
             (from.w, from.w_stride, from.len) = (place.source.w, place.source.stride, chunk.len);
-            if task.rows.len > H {
+            if task.rows.len > DIRECT_ROWS_MAX {
                 s.outlined(Strip::<E, H, N, true>::new(from, widened, lanes, part, sums));
             } else {
                 s.outlined(Strip::<E, H, N, false>::new(from, widened, lanes, part, sums));

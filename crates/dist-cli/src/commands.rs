@@ -1,0 +1,6 @@
+//! The commands: flags into a request, the request into a result, the result onto the screen.
+
+pub mod benchmark;
+pub mod completions;
+pub mod infer;
+pub mod plan;

@@ -1,0 +1,85 @@
+//! `dist-cli benchmark`: a grid of measurements beside the machine's limits and the plan's word.
+
+use dist_core::plan::Limits;
+use dist_core::planner::Workload;
+
+use crate::bench::{self, Ceilings, Cell, Measured, Origin, Report};
+use crate::flags::benchmark::{BenchmarkArgs, BenchmarkRequest};
+use crate::generation::Ending;
+use crate::interrupt;
+use crate::problem::Problem;
+use crate::render::{self, Console, LoadBar};
+use crate::session::{self, Rates, Session, Setting};
+
+/// Runs the command.
+pub fn run(args: BenchmarkArgs, console: &Console) -> anyhow::Result<Ending> {
+    let request = args.into_request()?;
+    let Some(report) = report(&request, console)? else { return Ok(Ending::Interrupted) };
+    let rendered =
+        if request.json { render::benchmark_json(&report)? } else { render::benchmark_table(&report) };
+    render::result(&rendered)?;
+    Ok(Ending::Whole)
+}
+
+/// `None` if the user interrupted.
+fn report(request: &BenchmarkRequest, console: &Console) -> anyhow::Result<Option<Report>> {
+    let model = request.model.open()?;
+    let limits = limits(request, model.config().n_ctx)?;
+    let (backend, device) = session::backend(request.device)?;
+    console.note("measuring what this machine can do");
+    let mut ceilings = Ceilings::measure(&backend);
+    let rates = Rates { read_bytes_per_s: ceilings.read_bytes_per_s, flops_per_s: ceilings.flops_per_s };
+    let setting = Setting { model: &model, device: &device, rates, limits };
+    let largest = request.cells.iter().max_by_key(|cell| cell.batch * (cell.prompt_len + cell.new_tokens));
+    let largest = *largest.expect("clap asks for at least one of each");
+    let (plan, warning) = setting.plan(workload(largest))?;
+    if let Some(warning) = warning {
+        console.warning(&warning);
+    }
+    let mut predicted = Vec::new();
+    for &cell in &request.cells {
+        predicted.push(setting.plan(workload(cell))?.0.predictions);
+    }
+    let mut bar = LoadBar::new(console);
+    let mut session = Session::start(backend, &model, &plan, &mut |progress| bar.update(progress))?;
+    bar.finish();
+    console.phase("load weights", session.load);
+
+    let interrupt = interrupt::listen()?;
+    let mut cells = Vec::new();
+    for (&cell, predictions) in request.cells.iter().zip(predicted) {
+        let Cell { batch, prompt_len, new_tokens } = cell;
+        console.note(&format!("measuring batch {batch}, prompt {prompt_len}, new tokens {new_tokens}"));
+        let rounds = (request.warmups, request.repeats);
+        let n_vocab = model.config().n_vocab;
+        let Some(times) = bench::measure(&mut session.engine, cell, n_vocab, rounds, &interrupt)? else {
+            return Ok(None);
+        };
+        let (decode, prefill) = bench::work_of(&plan, cell);
+        cells.push(Measured { cell, times, predictions, decode, prefill });
+    }
+    // Other work on the machine only ever slows a pass down.
+    let (again, _) = bench::read_rate(session.engine.backend());
+    ceilings.read_bytes_per_s = ceilings.read_bytes_per_s.max(again);
+    let (warmups, repeats) = (request.warmups, request.repeats);
+    let origin = Origin::now();
+    let (model, load) = (model.name, session.load);
+    Ok(Some(Report { origin, device, ceilings, model, plan, load, warmups, repeats, cells }))
+}
+
+fn workload(cell: Cell) -> Workload {
+    Workload { n_seqs: cell.batch, prompt_len: cell.prompt_len, new_tokens: cell.new_tokens }
+}
+
+/// Room for every cell.
+fn limits(request: &BenchmarkRequest, n_ctx: usize) -> anyhow::Result<Limits> {
+    let most = |of: fn(&Cell) -> usize| request.cells.iter().map(of).max().unwrap_or(1);
+    let (max_seqs, max_seq_len) = (most(|cell| cell.batch), most(|cell| cell.prompt_len + cell.new_tokens));
+    if max_seq_len > n_ctx {
+        let what =
+            format!("prompt and new tokens are {max_seq_len} together, the model knows {n_ctx} positions");
+        return Err(Problem::failed(what).help("lower --prompt-len or --new-tokens").into());
+    }
+    let max_batch_tokens = request.max_batch_tokens.max(max_seqs);
+    Ok(Limits { max_seq_len, max_seqs, max_batch_tokens, max_sample_rows: max_seqs })
+}

@@ -1,0 +1,16 @@
+//! Flags as facts: what the user wrote, checked one by one. Each group turns into a typed request elsewhere.
+
+mod device;
+mod limits;
+mod model;
+mod numbers;
+mod sampling;
+
+pub mod benchmark;
+pub mod infer;
+pub mod plan;
+
+pub use device::{DeviceArgs, DeviceRequest};
+pub use limits::LimitArgs;
+pub use model::ModelArgs;
+pub use sampling::SamplingArgs;

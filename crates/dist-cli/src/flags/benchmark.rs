@@ -1,0 +1,102 @@
+//! Flags of `benchmark`, and the request that they make.
+
+use clap::Args;
+
+use super::{DeviceArgs, DeviceRequest, ModelArgs, numbers};
+use crate::bench::Cell;
+use crate::model::ModelChoice;
+
+const AFTER_HELP: &str = "\
+Every batch size is run with every prompt length and every number of new
+tokens; tokens are drawn greedily and end-of-text is ignored. TTFT is per
+sequence, from the arrival of the whole batch; TPOT is per decode step with the
+whole batch running. Beside the results stand what this machine can do at best
+(reading memory, multiplying; measured in the same run with the same threads)
+and what the plan foretold.
+
+--json writes one object: schema_version, command, commit, date, device,
+ceilings, model, plan, load_ms, warmups, repeats, results.
+
+Exit codes: 0 done, 1 the run failed, 2 a flag is wrong, 130 interrupted.
+
+Examples:
+  dist-cli benchmark
+  dist-cli benchmark --model gpt3-1.3b --batch 1,4,8 --prompt-len 128 --new-tokens 32
+  dist-cli benchmark --model ~/models/gpt2 --prompt-len 32,512 --repeats 5 --json > result.json";
+
+/// Flags of `benchmark`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = AFTER_HELP)]
+pub struct BenchmarkArgs {
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Sequences at once
+    #[arg(long, visible_alias = "batch-size", value_name = "N,…", value_delimiter = ',', value_parser = numbers::count, default_value = "1")]
+    pub batch: Vec<usize>,
+    /// Tokens of each prompt
+    #[arg(long, visible_alias = "input-len", value_name = "N,…", value_delimiter = ',', value_parser = numbers::count, default_value = "128")]
+    pub prompt_len: Vec<usize>,
+    /// New tokens of each sequence
+    #[arg(long, visible_alias = "output-len", value_name = "N,…", value_delimiter = ',', value_parser = numbers::count, default_value = "64")]
+    pub new_tokens: Vec<usize>,
+    /// Rounds before the measured ones
+    #[arg(long, visible_alias = "num-iters-warmup", value_name = "N", default_value_t = 1)]
+    pub warmups: usize,
+    /// Measured rounds
+    #[arg(long, visible_alias = "num-iters", value_name = "N", value_parser = numbers::count, default_value = "3")]
+    pub repeats: usize,
+    /// Tokens of one step
+    #[arg(long, visible_alias = "max-num-batched-tokens", value_name = "N", value_parser = numbers::count, default_value = "512")]
+    pub max_batch_tokens: usize,
+    /// Where to run.
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// Writes one JSON object instead of a table
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+}
+
+/// What `benchmark` shall do.
+#[derive(Debug)]
+pub struct BenchmarkRequest {
+    /// Which model.
+    pub model: ModelChoice,
+    /// Where to run.
+    pub device: DeviceRequest,
+    /// What to run, in order.
+    pub cells: Vec<Cell>,
+    /// Rounds before the measured ones.
+    pub warmups: usize,
+    /// Measured rounds.
+    pub repeats: usize,
+    /// Tokens of one step.
+    pub max_batch_tokens: usize,
+    /// Whether to write JSON.
+    pub json: bool,
+}
+
+impl BenchmarkArgs {
+    /// Everything that can be wrong without opening a file is said here.
+    pub fn into_request(self) -> anyhow::Result<BenchmarkRequest> {
+        let mut cells = Vec::new();
+        for &batch in &self.batch {
+            for &prompt_len in &self.prompt_len {
+                cells.extend(self.new_tokens.iter().map(|&new_tokens| Cell {
+                    batch,
+                    prompt_len,
+                    new_tokens,
+                }));
+            }
+        }
+        Ok(BenchmarkRequest {
+            model: self.model.to_choice()?,
+            device: self.device.to_request()?,
+            cells,
+            warmups: self.warmups,
+            repeats: self.repeats,
+            max_batch_tokens: self.max_batch_tokens,
+            json: self.json,
+        })
+    }
+}

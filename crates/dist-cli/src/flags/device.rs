@@ -1,0 +1,71 @@
+//! Where to run.
+
+use clap::{Args, ValueEnum};
+use dist_kernels::cpu::CpuPath;
+
+use super::numbers;
+use crate::problem::Problem;
+
+/// Flags about the device.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Device")]
+pub struct DeviceArgs {
+    /// Device to run on; `auto` takes the best that there is
+    #[arg(long, value_name = "DEVICE", value_enum, default_value_t = DeviceFlag::Auto)]
+    pub device: DeviceFlag,
+    /// Threads that compute; by default all cores of this process
+    #[arg(long, value_name = "N", value_parser = numbers::threads)]
+    pub threads: Option<usize>,
+    /// Instructions of the CPU; both give the same bits, `portable` many times slower
+    #[arg(long, value_name = "PATH", value_enum, default_value_t = PathFlag::Auto)]
+    pub cpu_path: PathFlag,
+}
+
+/// A device, as flags name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DeviceFlag {
+    /// The best that there is
+    Auto,
+    /// The processor
+    Cpu,
+    /// An NVIDIA GPU
+    #[value(hide = true)]
+    Cuda,
+}
+
+/// Instructions, as flags name them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PathFlag {
+    /// The fastest that this machine has
+    Auto,
+    /// AVX2 with FMA and F16C
+    Avx2,
+    /// Plain Rust
+    Portable,
+}
+
+/// Where to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceRequest {
+    /// Threads that compute.
+    pub threads: usize,
+    /// Instructions.
+    pub path: CpuPath,
+}
+
+impl DeviceArgs {
+    /// The device, or why it cannot be had.
+    pub fn to_request(&self) -> anyhow::Result<DeviceRequest> {
+        if self.device == DeviceFlag::Cuda {
+            let problem = Problem::usage("--device cuda: this version runs on the CPU only");
+            return Err(problem.help("leave --device out, or write --device cpu").into());
+        }
+        let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let path = match self.cpu_path {
+            PathFlag::Auto => CpuPath::Auto,
+            PathFlag::Avx2 => CpuPath::Avx2,
+            PathFlag::Portable => CpuPath::Portable,
+        };
+        Ok(DeviceRequest { threads: self.threads.unwrap_or_else(cores), path })
+    }
+}

@@ -1,0 +1,27 @@
+//! The sizes that memory is taken for.
+
+use clap::Args;
+
+use super::numbers;
+
+/// Flags about sizes.
+#[expect(clippy::struct_field_names, reason = "fields are named as the flags are")]
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Sizes")]
+pub struct LimitArgs {
+    /// Tokens of the longest sequence, prompt and new ones; by default the model's context
+    #[arg(long, visible_alias = "max-model-len", value_name = "N", value_parser = numbers::count)]
+    pub max_seq_len: Option<usize>,
+    /// Tokens of one step: longer prompts are taken in chunks
+    #[arg(
+        long,
+        visible_alias = "max-num-batched-tokens",
+        value_name = "N",
+        value_parser = numbers::count,
+        default_value = "512"
+    )]
+    pub max_batch_tokens: usize,
+    /// Sequences that run at the same time; by default as many as there are, at most 16
+    #[arg(long, visible_alias = "max-num-seqs", value_name = "N", value_parser = numbers::count)]
+    pub max_seqs: Option<usize>,
+}

@@ -1,0 +1,153 @@
+//! Flags of `plan`, and the request that they make.
+
+use clap::Args;
+use dist_core::plan::Limits;
+use dist_core::planner::{PlanOptions, Workload};
+use dist_core::{DType, Device, DeviceKind, Link, Mesh, ModelConfig, Topology};
+
+use super::{LimitArgs, ModelArgs, numbers};
+use crate::machine;
+use crate::model::ModelChoice;
+use crate::problem::Problem;
+use crate::session;
+
+const AFTER_HELP: &str = "\
+Nothing is loaded and no device is touched: the plan is a calculation. Without
+--device-memory the devices have this machine's memory; rates that are not
+given are those of a common server.
+
+Exit codes: 0 a split was found, 1 there is none, 2 a flag is wrong.
+
+Examples:
+  dist-cli plan --model gpt3-13b --devices 2 --device-memory 24
+  dist-cli plan --model gpt3-175b --devices 8 --device-memory 80 --bandwidth 3130 --tflops 700 --json
+  dist-cli plan --model ~/models/gpt2 --prompt-len 512 --batch 8";
+
+/// Flags of `plan`.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = AFTER_HELP)]
+pub struct PlanArgs {
+    /// Which model.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Devices alike
+    #[arg(long, value_name = "N", value_parser = numbers::count, default_value = "1", help_heading = "Devices")]
+    pub devices: usize,
+    /// Memory of each, in GB
+    #[arg(long, value_name = "GB", value_parser = numbers::rate, help_heading = "Devices")]
+    pub device_memory: Option<f64>,
+    /// Rate at which each reads its memory, in GB/s
+    #[arg(long, value_name = "GB/S", value_parser = numbers::rate, default_value = "30", help_heading = "Devices")]
+    pub bandwidth: f64,
+    /// Rate at which each multiplies, in TFLOP/s
+    #[arg(long, value_name = "TFLOP/S", value_parser = numbers::rate, default_value = "0.15", help_heading = "Devices")]
+    pub tflops: f64,
+    /// Rate between two of them, in GB/s
+    #[arg(long, value_name = "GB/S", value_parser = numbers::rate, default_value = "10", help_heading = "Devices")]
+    pub link_bandwidth: f64,
+    /// Time of an empty exchange between two of them, in microseconds
+    #[arg(long, value_name = "US", value_parser = numbers::rate, default_value = "20", help_heading = "Devices")]
+    pub link_latency: f64,
+    /// Only splits with this many ranks to a layer
+    #[arg(long, visible_alias = "tp", value_name = "N", value_parser = numbers::count)]
+    pub tensor_parallel_size: Option<usize>,
+    /// Only splits with this many stages
+    #[arg(long, visible_alias = "pp", value_name = "N", value_parser = numbers::count)]
+    pub pipeline_parallel_size: Option<usize>,
+    /// Sequences that arrive at once
+    #[arg(long, visible_alias = "batch-size", value_name = "N", value_parser = numbers::count, default_value = "1")]
+    pub batch: usize,
+    /// Tokens of each prompt
+    #[arg(long, visible_alias = "input-len", value_name = "N", value_parser = numbers::count, default_value = "128")]
+    pub prompt_len: usize,
+    /// New tokens of each
+    #[arg(long, visible_alias = "output-len", value_name = "N", value_parser = numbers::count, default_value = "128")]
+    pub new_tokens: usize,
+    /// How much memory to take.
+    #[command(flatten)]
+    pub limits: LimitArgs,
+    /// Writes one JSON object
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+}
+
+/// What `plan` shall do.
+#[derive(Debug)]
+pub struct PlanRequest {
+    /// The model.
+    pub model: ModelConfig,
+    /// The devices.
+    pub topology: Topology,
+    /// What is asked of them.
+    pub workload: Workload,
+    /// What is fixed.
+    pub options: PlanOptions,
+    /// Whether to write JSON.
+    pub json: bool,
+}
+
+impl PlanArgs {
+    /// Opens the model's header; every user error ends here.
+    pub fn into_request(self) -> anyhow::Result<PlanRequest> {
+        let model = match self.model.to_choice()? {
+            ModelChoice::Preset { config, .. } => *config,
+            choice => choice.open()?.config().clone(),
+        };
+        let memory_bytes = match self.device_memory {
+            Some(gb) => (gb * 1e9) as u64,
+            None => machine::total_bytes().ok_or_else(|| {
+                Problem::usage("this machine's memory is not known").help("give --device-memory")
+            })?,
+        };
+        let device = Device {
+            kind: DeviceKind::Cpu,
+            name: "device".to_owned(),
+            host: 0,
+            memory_bytes,
+            read_bytes_per_s: self.bandwidth * 1e9,
+            flops_per_s: self.tflops * 1e12,
+        };
+        let link = Link { latency_s: self.link_latency * 1e-6, bytes_per_s: self.link_bandwidth * 1e9 };
+        let max_seqs = self.limits.max_seqs.unwrap_or(self.batch);
+        let limits = Limits {
+            max_seq_len: session::max_seq_len(&self.limits, &model)?,
+            max_seqs,
+            max_batch_tokens: self.limits.max_batch_tokens,
+            max_sample_rows: max_seqs,
+        };
+        let options = PlanOptions {
+            act_dtype: DType::F32,
+            wire_dtype: DType::F32,
+            kv_dtype: DType::F32,
+            block_size: session::BLOCK_SIZE,
+            limits,
+            memory_percent: session::MEMORY_PERCENT,
+            mesh: self.mesh()?,
+            stages: None,
+            copies: false,
+        };
+        let (n_seqs, prompt_len, new_tokens) = (self.batch, self.prompt_len, self.new_tokens);
+        Ok(PlanRequest {
+            topology: Topology::uniform(&device, self.devices, link),
+            workload: Workload { n_seqs, prompt_len, new_tokens },
+            options,
+            json: self.json,
+            model,
+        })
+    }
+
+    /// A degree that is not given fills up the devices.
+    fn mesh(&self) -> anyhow::Result<Option<Mesh>> {
+        let (tp, pp) = match (self.tensor_parallel_size, self.pipeline_parallel_size) {
+            (None, None) => return Ok(None),
+            (Some(tp), Some(pp)) => (tp, pp),
+            (Some(tp), None) => (tp, dist_core::shape::div_exact(self.devices, tp).unwrap_or(0)),
+            (None, Some(pp)) => (dist_core::shape::div_exact(self.devices, pp).unwrap_or(0), pp),
+        };
+        if tp * pp == 0 {
+            let problem = Problem::usage(format!("{} devices cannot be split that way", self.devices));
+            return Err(problem.help("give a degree that divides --devices, or both degrees").into());
+        }
+        Ok(Some(Mesh { tp, pp, dp: 1 }))
+    }
+}

@@ -1,0 +1,125 @@
+//! Errors as people meet them: what went wrong, why, and the next command. Libraries' own errors become causes.
+
+use std::error::Error;
+use std::fmt;
+
+use dist_models::checkpoint::CheckpointError;
+use dist_models::decoder::LoadError;
+use dist_models::engine::EngineError;
+use dist_models::tokenizer::TokenizerError;
+
+/// Whose turn it is, as the process's exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// A file, the model or the machine.
+    Failed = 1,
+    /// The command line, the environment or `dist.toml`.
+    Usage = 2,
+}
+
+/// An error with the way out of it.
+#[derive(Debug)]
+pub struct Problem {
+    what: String,
+    help: Option<String>,
+    exit: Exit,
+    cause: Option<anyhow::Error>,
+}
+
+impl Problem {
+    /// The run failed.
+    pub fn failed(what: impl Into<String>) -> Self {
+        Self { what: what.into(), help: None, exit: Exit::Failed, cause: None }
+    }
+
+    /// What was asked for makes no sense.
+    pub fn usage(what: impl Into<String>) -> Self {
+        Self { exit: Exit::Usage, ..Self::failed(what) }
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub fn help(self, help: impl Into<String>) -> Self {
+        Self { help: Some(help.into()), ..self }
+    }
+
+    /// What is behind it.
+    #[must_use]
+    pub fn because(self, cause: impl Into<anyhow::Error>) -> Self {
+        Self { cause: Some(cause.into()), ..self }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)
+    }
+}
+
+impl Error for Problem {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.cause.as_ref().map(|cause| cause.as_ref() as &(dyn Error + 'static))
+    }
+}
+
+/// The exit code that `error` ends the process with.
+pub fn exit_of(error: &anyhow::Error) -> Exit {
+    let problem = error.chain().find_map(|cause| cause.downcast_ref::<Problem>());
+    problem.map_or(Exit::Failed, |problem| problem.exit)
+}
+
+/// What to do about `error`, if anything behind it knows.
+pub fn help_of(error: &anyhow::Error) -> Option<String> {
+    error.chain().find_map(|cause| {
+        let own = cause.downcast_ref::<Problem>().and_then(|problem| problem.help.clone());
+        own.or_else(|| library_help(cause))
+    })
+}
+
+/// What libraries' errors know to do. Transparent ones hide what they hold from the chain, so they are opened here.
+fn library_help(cause: &(dyn Error + 'static)) -> Option<String> {
+    if let Some(EngineError::Load(LoadError::Checkpoint(error))) = cause.downcast_ref() {
+        return error.help();
+    }
+    if let Some(error) = cause.downcast_ref::<TokenizerError>() {
+        return error.help();
+    }
+    cause.downcast_ref::<CheckpointError>()?.help()
+}
+
+/// The few names that `name` may have been meant for, best first.
+pub fn nearest<'a>(name: &str, names: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
+    let name = name.to_ascii_lowercase();
+    let mut scored: Vec<(f64, &str)> =
+        names.into_iter().map(|other| (strsim::jaro_winkler(&name, other), other)).collect();
+    scored.sort_by(|a, b| b.0.total_cmp(&a.0));
+    scored.retain(|(score, _)| *score > 0.75);
+    scored.dedup_by_key(|(_, other)| *other);
+    scored.into_iter().take(3).map(|(_, other)| other).collect()
+}
+
+/// `did you mean …?`, or nothing.
+pub fn did_you_mean<'a>(name: &str, names: impl IntoIterator<Item = &'a str>) -> Option<String> {
+    let near = nearest(name, names);
+    (!near.is_empty()).then(|| format!("did you mean {}?", near.join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_help_and_the_exit_code_are_found_behind_causes() {
+        let inner = Problem::usage("bad flag").help("write it well");
+        let error = anyhow::Error::new(Problem::failed("cannot run").because(inner));
+        assert_eq!(help_of(&error).as_deref(), Some("write it well"));
+        assert_eq!(exit_of(&error), Exit::Failed);
+        assert_eq!(error.chain().count(), 2);
+    }
+
+    #[test]
+    fn names_nearby_are_proposed() {
+        assert_eq!(nearest("gpt3-1.3B", ["demo", "gpt3-1.3b", "opt"]), ["gpt3-1.3b"]);
+        assert_eq!(did_you_mean("xyz", ["demo"]), None);
+    }
+}
