@@ -25,16 +25,12 @@ const READ_BYTES: usize = 64 << 20;
 /// Steps of one run of multiply-adds, about a millisecond.
 const FMA_STEPS: usize = 400_000;
 
-/// A backend with all threads of the machine, or `--threads N` of them.
+/// A backend with all threads of the machine, or with `DIST_THREADS` of them.
 pub fn backend() -> CpuBackend {
-    let threads = argument("--threads").and_then(|n| n.parse().ok());
+    let threads = std::env::var("DIST_THREADS").ok().and_then(|n| n.parse().ok());
     let threads = threads.or_else(|| std::thread::available_parallelism().ok().map(Into::into)).unwrap_or(1);
     CpuBackend::new(CpuOptions { threads, path: CpuPath::Auto, spin: Duration::from_micros(50) })
         .expect("a CPU backend")
-}
-
-fn argument(name: &str) -> Option<String> {
-    std::env::args().skip_while(|argument| argument != name).nth(1)
 }
 
 /// Memory with huge pages, shared with weights that are views of it.
@@ -98,7 +94,7 @@ impl Samples {
     pub fn median(&self) -> f64 {
         let mut sorted = self.0.clone();
         sorted.sort_by(f64::total_cmp);
-        sorted.get(sorted.len() / 20).copied().unwrap_or(f64::NAN)
+        sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
     }
 }
 

@@ -117,7 +117,7 @@ fn rank_main(mut tcp: Tcp) -> Vec<(usize, [Option<Duration>; 2])> {
 }
 
 fn median(tcp: Tcp, bytes: usize) -> (Tcp, Option<Duration>) {
-    let mut comm = Comm::Tcp(tcp);
+    let mut comm = Comm::from(tcp);
     let repeats = (ROTATION / bytes).clamp(9, 3000);
     let mut buffers: Vec<Vec<u8>> = (0..(ROTATION / bytes).clamp(2, 64)).map(|_| vec![1; bytes]).collect();
     let mut times: Vec<Duration> = (0..repeats)
@@ -131,7 +131,7 @@ fn median(tcp: Tcp, bytes: usize) -> (Tcp, Option<Duration>) {
         .collect();
     times.sort_unstable();
     let Comm::Tcp(tcp) = comm else { unreachable!("it went in as one") };
-    (tcp, times.get(repeats / 2).copied())
+    (*tcp, times.get(repeats / 2).copied())
 }
 
 /// GB/s of copying 64 MiB, by all threads together.
@@ -142,12 +142,12 @@ fn copy_bandwidth(n_threads: usize) -> f64 {
         let copy = move |thread| {
             pin(thread);
             let pairs = ROTATION / LARGE / 2;
-            let mut from: Vec<Vec<u8>> = (0..pairs).map(|i| vec![i as u8 + 1; LARGE]).collect();
+            let from: Vec<Vec<u8>> = (0..pairs).map(|i| vec![i as u8 + 1; LARGE]).collect();
             let mut to: Vec<Vec<u8>> = (0..pairs).map(|_| vec![1; LARGE]).collect();
             barrier.wait();
             let start = Instant::now();
             for i in 0..repeats {
-                to[i % pairs].copy_from_slice(std::hint::black_box(&mut from[i % pairs]));
+                to[i % pairs].copy_from_slice(std::hint::black_box(&from[i % pairs]));
                 std::hint::black_box(&mut to);
             }
             start.elapsed().as_secs_f64()

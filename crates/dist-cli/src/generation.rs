@@ -190,7 +190,8 @@ impl Timings {
         let n_new: usize = samples.clone().map(|sample| sample.tokens.len()).sum();
         let gaps = samples.filter_map(|sample| {
             let n_gaps = u32::try_from(sample.tokens.len().checked_sub(1)?).ok()?;
-            (n_gaps > 0).then_some((sample.last? - sample.first?, n_gaps))
+            let gap = sample.last?.checked_sub(sample.first?)?;
+            (n_gaps > 0).then_some((gap, n_gaps))
         });
         let (sum, n_gaps) = gaps.fold((Duration::ZERO, 0), |(sum, n), (gap, m)| (sum + gap, n + m));
         let tokens_per_s = (!total.is_zero()).then(|| n_new as f64 / total.as_secs_f64());

@@ -221,9 +221,10 @@ pub fn encode(prompts: Vec<Prompt>, model: &Model, max_seq_len: usize) -> anyhow
 fn too_long(at: impl Fn(String) -> String, len: usize, max_seq_len: usize, model: &Model) -> Problem {
     let n_ctx = model.config().n_ctx;
     let what = format!("the prompt has {len} tokens, too many for a context of {max_seq_len} with a new one");
-    let help = match max_seq_len < n_ctx && len < n_ctx {
-        true => format!("raise --max-seq-len: {} knows up to {n_ctx}", model.name),
-        false => "shorten the prompt; it is never cut".to_owned(),
+    let help = if max_seq_len < n_ctx && len < n_ctx {
+        format!("raise --max-seq-len: {} knows up to {n_ctx}", model.name)
+    } else {
+        "shorten the prompt; it is never cut".to_owned()
     };
     Problem::failed(at(what)).help(help)
 }

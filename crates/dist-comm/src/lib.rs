@@ -77,7 +77,13 @@ pub enum Comm {
     /// Ranks as threads of one process.
     Local(Local),
     /// Ranks as processes, on one machine or several.
-    Tcp(Tcp),
+    Tcp(Box<Tcp>),
+}
+
+impl From<Tcp> for Comm {
+    fn from(tcp: Tcp) -> Self {
+        Self::Tcp(Box::new(tcp))
+    }
 }
 
 impl Comm {

@@ -164,6 +164,8 @@ const STREAM_BYTES_MIN: usize = 1 << 10;
 /// `to` is a multiple of 16, `payload.len()` bytes are writable there, and nobody else touches them until a release
 /// store that follows.
 #[cfg(target_arch = "x86_64")]
+// The loads may be unaligned, and for the stores the caller vouches.
+#[allow(clippy::cast_ptr_alignment)]
 unsafe fn write_past_caches(to: *mut u8, payload: &[u8]) {
     use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
 

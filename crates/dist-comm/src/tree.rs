@@ -23,10 +23,11 @@ pub(crate) fn sum(out: &mut [u8], parts: &[&[u8]]) {
 
 /// `own = Σ parts` with `own` in the place of `parts[me]`, which is not read; for what is added where it lies.
 pub(crate) fn sum_in_place(own: &mut [u8], me: usize, parts: &[&[u8]], scratch: &mut [u8]) {
+    // Of two numbers either may come first.
     if let (0 | 1, [_, _]) = (me, parts) {
         let other = parts[1 - me];
         for (own, other) in own.chunks_exact_mut(4).zip(other.chunks_exact(4)) {
-            let sum = if me == 0 { value(own) + value(other) } else { value(other) + value(own) };
+            let sum = value(own) + value(other);
             own.copy_from_slice(&sum.to_le_bytes());
         }
         return;

@@ -1,5 +1,8 @@
 //! Frames under hostile bytes: cut anywhere, of any length, of any kind.
 
+// Clippy knows tests, but not the functions that they share.
+#![allow(clippy::unwrap_used)]
+
 use dist_comm::codec::{
     FrameDecoder, FrameError, HEADER_BYTES, PROTOCOL_VERSION, frame, from_bytes, header, to_bytes,
 };

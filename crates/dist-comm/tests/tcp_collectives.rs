@@ -1,5 +1,8 @@
 //! Every collective between processes' ranks, over shared memory and over TCP: the bytes and the bits of `Local`.
 
+// Clippy knows tests, but not the functions that they share.
+#![allow(clippy::unwrap_used)]
+
 mod ring;
 
 use std::time::{Duration, Instant};
@@ -69,7 +72,7 @@ fn the_algorithm_changes_no_bit() {
             let mut tcp = tcp.unwrap();
             assert!(tcp.shares_memory());
             tcp.set_one_shot_bytes_max(threshold);
-            let mut comm = Comm::Tcp(tcp);
+            let mut comm = Comm::from(tcp);
             let mut bytes = partial_sums(comm.rank().0, Tcp::PACKET_BYTES / 4);
             comm.all_reduce_sum(host(&mut bytes, DType::F32), NAME).unwrap();
             bytes
@@ -186,7 +189,7 @@ fn ranks_are_in_several_communicators_at_once() {
             let options = GroupOptions::messages(PLENTY, 1 << 20);
             pp = world.connect("pp", &[Rank(column), Rank(column + 2)], options).unwrap().or(pp);
         }
-        let (mut tp, mut pp) = (Comm::Tcp(tp.unwrap()), Comm::Tcp(pp.unwrap()));
+        let (mut tp, mut pp) = (Comm::from(tp.unwrap()), Comm::from(pp.unwrap()));
         drop(world);
         let mut value = (me as f32).to_le_bytes();
         tp.all_reduce_sum(host(&mut value, DType::F32), NAME)?;

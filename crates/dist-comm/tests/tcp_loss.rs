@@ -1,6 +1,9 @@
 //! What ranks say when one of them is slow, gone or stopped. The last tests start real processes and send real signals;
 //! each starts this file's test binary again as a rank.
 
+// Clippy knows tests, but not the functions that they share.
+#![allow(clippy::unwrap_used)]
+
 mod ring;
 
 use std::io::{BufRead, BufReader};
@@ -61,9 +64,12 @@ fn a_rank_that_computes_for_long_is_waited_for() {
     }
 }
 
+/// How a rank ends.
+type End = fn(&World);
+
 #[test]
 fn a_rank_that_leaves_or_panics_or_fails_is_a_loss_at_once() {
-    let ends: [(fn(&World), &str); 3] = [
+    let ends: [(End, &str); 3] = [
         (
             |_| {},
             "rank 1 is lost before all_reduce #2 (layer 11, attention output; decode step 1): it left; ",
@@ -208,7 +214,7 @@ fn signal_one(n: usize, victim: usize, signal: Signal, shares: bool) -> Vec<(usi
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let tell = tell.clone();
         std::thread::spawn(move || {
-            lines.map_while(Result::ok).for_each(|line| drop(tell.send((rank, line))))
+            lines.map_while(Result::ok).for_each(|line| drop(tell.send((rank, line))));
         });
         child
     };

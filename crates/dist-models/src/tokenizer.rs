@@ -332,6 +332,9 @@ fn unfinished(bytes: &[u8]) -> usize {
     // A character has at most four bytes, so its beginning is among the last three.
     let tail = &bytes[bytes.len().saturating_sub(3)..];
     (0..tail.len())
-        .find(|&at| matches!(str::from_utf8(&tail[at..]), Err(error) if error.valid_up_to() == 0 && error.error_len().is_none()))
+        .find(|&at| {
+            let error = str::from_utf8(&tail[at..]).err();
+            error.is_some_and(|error| error.valid_up_to() == 0 && error.error_len().is_none())
+        })
         .map_or(0, |at| tail.len() - at)
 }

@@ -1,5 +1,7 @@
 //! Files disturbed at random: refused or read, never a panic, never memory out of proportion.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod checkpoint_case;
 
 use checkpoint_case::{Case, elements, header_end, write};

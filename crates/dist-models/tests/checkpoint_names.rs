@@ -1,5 +1,7 @@
 //! Checkpoints as they are published: prefixes, masks, heads, shards, types, configurations, the local cache.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod checkpoint_case;
 
 use checkpoint_case::{Case, FIXTURES, MMAP, READ, Raw, elements, fixture_dir, write};

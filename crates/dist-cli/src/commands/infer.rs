@@ -120,7 +120,7 @@ impl Ready {
             return;
         }
         if self.lists_logprobs {
-            console.logprobs(run, &|id| {
+            Console::logprobs(run, &|id| {
                 let text = self.model.tokenizer.as_ref().map(|tokenizer| tokenizer.decode(&[id]));
                 text.map_or_else(|| id.to_string(), |text| format!("{text:?}"))
             });

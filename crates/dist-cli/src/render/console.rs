@@ -152,7 +152,7 @@ impl Console {
     }
 
     /// Log-probabilities of a text run, a token a line.
-    pub fn logprobs(&self, run: &Run, token: &dyn Fn(u32) -> String) {
+    pub fn logprobs(run: &Run, token: &dyn Fn(u32) -> String) {
         for answer in &run.answers {
             for (idx, sample) in answer.samples.iter().enumerate() {
                 Self::line(&format!("sample {}: log-probability, token, likeliest", idx + 1));

@@ -70,7 +70,7 @@ pub fn on_ranks<T: Send>(
 pub fn all(world: &mut World, deadline: Duration) -> Comm {
     let ranks: Vec<_> = (0..world.members().len()).map(Rank).collect();
     let tcp = world.connect("all", &ranks, GroupOptions::collectives(deadline)).unwrap();
-    Comm::Tcp(tcp.expect("a member"))
+    Comm::from(tcp.expect("a member"))
 }
 
 pub fn host(bytes: &mut [u8], dtype: DType) -> RawBuf<'_> {

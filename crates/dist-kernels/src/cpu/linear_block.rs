@@ -22,9 +22,9 @@ pub(super) const TILE_WIDTH: usize = 24;
 const R: usize = 4;
 const N: usize = 3;
 /// Inputs of the widened tile, at most: longer segments come in chunks, their lanes being kept in between.
-const CHUNK: usize = 256;
+const CHUNK: usize = 512;
 /// Rows up to which each reads `[n, k]` weights as they are stored: widening would cost more than it saves.
-const DIRECT_ROWS_MAX: usize = 4;
+const DIRECT_ROWS_MAX: usize = 8;
 /// Tiles of rows in a block: all of four rows, but for the last two.
 const ROW_TILES_MAX: usize = BLOCK_ROWS_MAX / R + 1;
 const TILE_FLOATS: usize = TILE_WIDTH * CHUNK;

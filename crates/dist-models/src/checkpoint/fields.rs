@@ -156,8 +156,8 @@ impl Fields {
         }
     }
 
-    /// Token ids, one or a list. Ids that the model has no row for, as some published configurations carry, can never be
-    /// drawn and are left out; −1 stands for none.
+    /// Token ids, one or a list. Ids that the model has no row for, as some published configurations carry, can never
+    /// be drawn and are left out; −1 stands for none.
     pub(super) fn ids(&mut self, name: &str, n_vocab: usize) -> Vec<u32> {
         let values = match self.raw(name) {
             None => return Vec::new(),

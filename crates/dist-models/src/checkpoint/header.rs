@@ -1,7 +1,7 @@
 //! Reads the header of a safetensors file, which nobody vouches for: every number is checked before it is used.
 //!
-//! Format: a little-endian u64, the length of the header; the header, a JSON object from tensor names to type, shape and
-//! byte range; the data. The ranges must cover the data exactly once.
+//! Format: a little-endian u64, the length of the header; the header, a JSON object from tensor names to type, shape
+//! and byte range; the data. The ranges must cover the data exactly once.
 
 use std::fmt;
 

@@ -166,8 +166,8 @@ impl<'a> Found<'a> {
 }
 
 impl Stored {
-    /// Finds every tensor of the model in `files`, or says all that is different. Sets the configuration's weight type to
-    /// the one that most bytes have.
+    /// Finds every tensor of the model in `files`, or says all that is different. Sets the configuration's weight type
+    /// to the one that most bytes have.
     pub(super) fn resolve(
         place: &str,
         family: &'static Family,
