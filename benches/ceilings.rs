@@ -14,19 +14,20 @@ use half::{bf16, f16};
 
 #[path = "../crates/dist-kernels/src/cpu/gemm_reference.rs"]
 mod gemm_reference;
-pub use gemm_reference::gemm_f32;
+#[allow(unused_imports, reason = "not every bench multiplies matrices")]
+pub(crate) use gemm_reference::gemm_f32;
 
 /// Below this a measured read ceiling is too low to be believed, and the run is void.
 const READ_GBPS_MIN: f64 = 26.0;
 /// Bytes of weights: buffers rotate through them, beyond every cache.
-pub const POOL_BYTES: usize = 256 << 20;
+pub(crate) const POOL_BYTES: usize = 256 << 20;
 /// Bytes that one reading of memory takes.
 const READ_BYTES: usize = 64 << 20;
 /// Steps of one run of multiply-adds, about a millisecond.
 const FMA_STEPS: usize = 400_000;
 
 /// A backend with all threads of the machine, or with `DIST_THREADS` of them.
-pub fn backend() -> CpuBackend {
+pub(crate) fn backend() -> CpuBackend {
     let threads = std::env::var("DIST_THREADS").ok().and_then(|n| n.parse().ok());
     let threads = threads.or_else(|| std::thread::available_parallelism().ok().map(Into::into)).unwrap_or(1);
     CpuBackend::new(CpuOptions { threads, path: CpuPath::Auto, spin: Duration::from_micros(50) })
@@ -43,7 +44,7 @@ impl AsRef<[u8]> for Shared {
 }
 
 /// Weights from N(0, 0.02) in `dtype`.
-pub fn weights(backend: &mut CpuBackend, dtype: DType, bytes: usize) -> HostBytes {
+pub(crate) fn weights(backend: &mut CpuBackend, dtype: DType, bytes: usize) -> HostBytes {
     let (table, key) = (NormalTable::new(0.02), stream_key(1, "bench"));
     let mut buf = backend.alloc("weights", dtype, bytes / dtype.bytes()).expect("memory for weights");
     let eight = |i: usize| table.eight(key, i as u64);
@@ -70,7 +71,7 @@ fn fill<T: Copy>(out: &mut [T], eight: impl Fn(usize) -> [f32; 8], convert: impl
 }
 
 /// `len` activations from N(0, 1).
-pub fn activations(len: usize) -> CpuBuf {
+pub(crate) fn activations(len: usize) -> CpuBuf {
     let (table, key) = (NormalTable::new(1.0), stream_key(2, "x"));
     let x: Vec<f32> = (0..len).map(|i| table.at(key, i as u64)).collect();
     CpuBuf::from_slice("activations", &x).expect("memory for activations")
@@ -78,11 +79,11 @@ pub fn activations(len: usize) -> CpuBuf {
 
 /// Durations of the same work.
 #[derive(Default)]
-pub struct Samples(Vec<f64>);
+pub(crate) struct Samples(Vec<f64>);
 
 impl Samples {
     /// Runs and times.
-    pub fn time(&mut self, run: impl FnOnce()) -> Duration {
+    pub(crate) fn time(&mut self, run: impl FnOnce()) -> Duration {
         let start = Instant::now();
         run();
         let took = start.elapsed();
@@ -91,7 +92,7 @@ impl Samples {
     }
 
     /// Median in seconds.
-    pub fn median(&self) -> f64 {
+    pub(crate) fn median(&self) -> f64 {
         let mut sorted = self.0.clone();
         sorted.sort_by(f64::total_cmp);
         sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
@@ -100,7 +101,7 @@ impl Samples {
 
 /// The ceilings as seen around one benchmark.
 #[derive(Default)]
-pub struct Ceilings {
+pub(crate) struct Ceilings {
     read: Samples,
     fma: Samples,
     flop: f64,
@@ -109,7 +110,7 @@ pub struct Ceilings {
 
 impl Ceilings {
     /// Measures both once; call it between samples, so that a noisy neighbour hurts both sides alike.
-    pub fn measure(&mut self, backend: &CpuBackend, pool: &HostBytes) {
+    pub(crate) fn measure(&mut self, backend: &CpuBackend, pool: &HostBytes) {
         let bytes = pool.as_slice();
         self.at = (self.at + READ_BYTES) % (bytes.len() - READ_BYTES + 1) / READ_BYTES * READ_BYTES;
         let window = &bytes[self.at..self.at + READ_BYTES];
@@ -122,30 +123,30 @@ impl Ceilings {
     }
 
     /// Plain reading, GB/s.
-    pub fn read_gbps(&self) -> f64 {
+    pub(crate) fn read_gbps(&self) -> f64 {
         READ_BYTES as f64 / self.read.median() / 1e9
     }
 
     /// Multiply-adds in registers, GFLOP/s.
-    pub fn fma_gflops(&self) -> f64 {
+    pub(crate) fn fma_gflops(&self) -> f64 {
         self.flop / self.fma.median() / 1e9
     }
 }
 
 /// One line of the table.
-pub struct Line {
+pub(crate) struct Line {
     /// Operation and shape.
-    pub name: String,
+    pub(crate) name: String,
     /// Median time of one run, in seconds.
-    pub seconds: f64,
+    pub(crate) seconds: f64,
     /// Bytes that must be read.
-    pub bytes: f64,
+    pub(crate) bytes: f64,
     /// Operations that must be done.
-    pub flop: f64,
+    pub(crate) flop: f64,
     /// Ceilings around it.
-    pub ceilings: Ceilings,
+    pub(crate) ceilings: Ceilings,
     /// Median time of the `gemm` crate on the same product in f32.
-    pub gemm: Option<f64>,
+    pub(crate) gemm: Option<f64>,
 }
 
 impl Line {
@@ -158,7 +159,7 @@ impl Line {
 }
 
 /// Prints all lines with all that a figure needs to be believed.
-pub fn print_table(backend: &CpuBackend, lines: &[Line]) {
+pub(crate) fn print_table(backend: &CpuBackend, lines: &[Line]) {
     let mut text = format!(
         "\n{:<34} {:>9} {:>7} {:>8} {:>9} {:>7} {:>8} {:>7}\n",
         "op", "p50 ms", "GB/s", "GFLOP/s", "read", "fma", "ceiling", "gemm"
@@ -189,7 +190,10 @@ pub fn print_table(backend: &CpuBackend, lines: &[Line]) {
         commit(),
         format!("cargo bench -p dist-kernels -- {}", command.join(" ")),
     );
-    println!("{text}");
+    #[expect(clippy::print_stdout, reason = "the table is what a bench is for")]
+    {
+        println!("{text}");
+    }
 }
 
 fn device() -> String {

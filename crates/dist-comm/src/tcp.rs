@@ -20,10 +20,10 @@ use crate::control::watch::Watch;
 use crate::error::CommError;
 use link::Link;
 
-/// Up to this size an all-reduce sends the whole buffer to everyone, above it each rank adds a part. The crossing lies
-/// here on two ranks of one machine (`cargo bench -p dist-comm`, results in `benches/results/`); it changes time, never
-/// bits.
-const ONE_SHOT_BYTES_MAX: usize = 32 << 10;
+/// Up to this size an all-reduce sends the whole buffer to everyone, above it each rank adds a part. Measured with
+/// `cargo bench -p dist-comm -- 2 4`: two ranks are 1 µs faster in one shot up to 64 KiB, four are slower from about here
+/// on. It changes time, never bits.
+const ONE_SHOT_BYTES_MAX: usize = 16 << 10;
 
 /// One rank's end of a communicator between processes. Made by [`World::connect`](crate::World::connect).
 #[derive(Debug)]

@@ -2,6 +2,8 @@
 //!
 //! `cargo run --release -p dist-kernels --example linear`
 
+#![allow(clippy::print_stdout, reason = "an example shows what it did")]
+
 use std::time::{Duration, Instant};
 
 use dist_core::DType;

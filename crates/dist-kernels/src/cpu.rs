@@ -3,7 +3,10 @@
 //! Results are a function of the inputs alone: not of the number of rows in a step, of threads, of the weight's layout
 //! or of the instructions used. This makes the CPU the oracle of every other backend.
 
-#![allow(clippy::inline_always, reason = "a kernel is one function under one target_feature: what it calls must be inlined")]
+#![allow(
+    clippy::inline_always,
+    reason = "a kernel is one function under one target_feature: what it calls must be inlined"
+)]
 
 mod attention;
 mod attention_tile;

@@ -43,7 +43,7 @@ impl std::fmt::Debug for HostBytes {
 /// How a weight of `n` outputs and `k` inputs lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Layout {
-    /// `[n, k]`, inputs contiguous: PyTorch's `Linear`, embeddings.
+    /// `[n, k]`, inputs contiguous: `PyTorch`'s `Linear`, embeddings.
     Nk,
     /// `[k, n]`, outputs contiguous: GPT-2's `Conv1D`.
     Kn,

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use dist_core::{DType, KvLayout};
 use dist_kernels::args::{
-    Activation, AddBiasArgs, AddBiasNormArgs, AppendKv, Epilogue, KvLayer, LinearArgs, Norm, Prologue, Residual, Then,
+    Activation, AddBiasArgs, AddBiasNormArgs, AppendKv, Epilogue, KvLayer, LinearArgs, Norm, Prologue,
+    Residual, Then,
 };
 use dist_kernels::backend::Backend as _;
 use dist_kernels::cpu::{CpuBackend, CpuBuf, CpuOptions, CpuPath};
@@ -19,7 +20,7 @@ const K: usize = 20;
 
 fn backend() -> CpuBackend {
     let spin = Duration::from_micros(20);
-    CpuBackend::new(CpuOptions { threads: 3, path: CpuPath::Auto, spin }).unwrap()
+    CpuBackend::new(CpuOptions { threads: 3, path: CpuPath::Auto, spin }).expect("sound inputs")
 }
 
 fn floats(n: usize, seed: usize) -> Vec<f32> {
@@ -27,13 +28,15 @@ fn floats(n: usize, seed: usize) -> Vec<f32> {
 }
 
 fn buf(n: usize, seed: usize) -> CpuBuf {
-    CpuBuf::from_slice("test", &floats(n, seed)).unwrap()
+    CpuBuf::from_slice("test", &floats(n, seed)).expect("sound inputs")
 }
 
 fn weight(backend: &mut CpuBackend) -> Weight<CpuBuf> {
     let bytes: Vec<u8> = floats(N * K, 1).into_iter().flat_map(f32::to_le_bytes).collect();
     let part = HostPart { bytes: HostBytes::new(bytes), offset: 0, n: N, ld: K };
-    backend.prepare(HostWeight { parts: vec![part], dtype: DType::F32, layout: Layout::Nk, k: K }).unwrap()
+    backend
+        .prepare(HostWeight { parts: vec![part], dtype: DType::F32, layout: Layout::Nk, k: K })
+        .expect("sound inputs")
 }
 
 fn run(
@@ -44,9 +47,9 @@ fn run(
     epilogue: Epilogue<'_, CpuBackend>,
 ) -> CpuBuf {
     let rows = x.slice::<f32>().len() / K;
-    let mut out = CpuBuf::from_slice("out", &vec![f32::NAN; rows * N]).unwrap();
+    let mut out = CpuBuf::from_slice("out", &vec![f32::NAN; rows * N]).expect("sound inputs");
     let args = LinearArgs { out: &mut out, x, weight, rows, k_segments: 8, prologue, epilogue };
-    backend.linear(args).unwrap();
+    backend.linear(args).expect("sound inputs");
     out
 }
 
@@ -63,13 +66,13 @@ fn a_bias_in_the_epilogue_is_a_bias_afterwards() {
     let mut backend = backend();
     let weight = weight(&mut backend);
     let halves: Vec<bf16> = floats(N, 5).into_iter().map(bf16::from_f32).collect();
-    for bias in [buf(N, 5), CpuBuf::from_slice("bias", &halves).unwrap()] {
+    for bias in [buf(N, 5), CpuBuf::from_slice("bias", &halves).expect("sound inputs")] {
         for rows in [1, 2, 7, 40] {
             let x = buf(rows * K, rows);
             let epilogue = Epilogue { bias: Some(&bias), then: Then::Store };
             let fused = run(&mut backend, &weight, &x, Prologue::None, epilogue);
             let mut apart = plain(&mut backend, &weight, &x);
-            backend.add_bias(AddBiasArgs { x: &mut apart, bias: &bias, rows, n: N }).unwrap();
+            backend.add_bias(AddBiasArgs { x: &mut apart, bias: &bias, rows, n: N }).expect("sound inputs");
             assert_eq!(bits(&fused), bits(&apart), "{rows} rows");
         }
     }
@@ -118,7 +121,7 @@ fn a_norm_in_the_prologue_is_a_norm_before() {
             rows,
             d: K,
         };
-        backend.add_bias_norm(args).unwrap();
+        backend.add_bias_norm(args).expect("sound inputs");
         assert_eq!(bits(&fused), bits(&plain(&mut backend, &weight, &normed)), "{rows} rows");
     }
 }
@@ -130,11 +133,17 @@ fn keys_and_values_go_to_their_slots() {
     let weight = weight(&mut backend);
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         for rows in [1, 4, 20] {
-            let layout =
-                KvLayout { n_layers_local: 1, n_kv_heads_local: N_KV_HEADS, d_head: D_HEAD, dtype, block_size: 4 };
-            let slots: Vec<i32> = (0..rows).map(|row| if row % 3 == 1 { -1 } else { (row * 7 % 24) as i32 }).collect();
-            let slot_buf = CpuBuf::from_slice("slots", &slots).unwrap();
-            let mut empty = || backend.alloc("cache", dtype, 6 * layout.block_len()).unwrap();
+            let layout = KvLayout {
+                n_layers_local: 1,
+                n_kv_heads_local: N_KV_HEADS,
+                d_head: D_HEAD,
+                dtype,
+                block_size: 4,
+            };
+            let slots: Vec<i32> =
+                (0..rows).map(|row| if row % 3 == 1 { -1 } else { (row * 7 % 24) as i32 }).collect();
+            let slot_buf = CpuBuf::from_slice("slots", &slots).expect("sound inputs");
+            let mut empty = || backend.alloc("cache", dtype, 6 * layout.block_len()).expect("sound inputs");
             let mut kv = KvLayer { k: empty(), v: empty() };
             let x = buf(rows * K, rows);
             let then = Then::AppendKv(AppendKv { kv: &mut kv, layout, slots: &slot_buf });
@@ -146,7 +155,11 @@ fn keys_and_values_go_to_their_slots() {
                     for column in 0..N_KV_HEADS * D_HEAD {
                         let want = row.map_or(0.0, |row| out.slice::<f32>()[row * N + first + column]);
                         let at = layout.at(slot, column / D_HEAD) + column % D_HEAD;
-                        assert_eq!(stored(cache, at), rounded(want, dtype), "{dtype} slot {slot} column {column}");
+                        assert_eq!(
+                            stored(cache, at),
+                            rounded(want, dtype),
+                            "{dtype} slot {slot} column {column}"
+                        );
                     }
                 }
             }

@@ -17,7 +17,7 @@ const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 const LAYOUTS: [Layout; 2] = [Layout::Nk, Layout::Kn];
 
 fn backend(threads: usize, path: CpuPath) -> CpuBackend {
-    CpuBackend::new(CpuOptions { threads, path, spin: Duration::from_micros(20) }).unwrap()
+    CpuBackend::new(CpuOptions { threads, path, spin: Duration::from_micros(20) }).expect("sound inputs")
 }
 
 /// Rows of `x` and a weight, `[n, k]`, of numbers that `dtype` holds exactly.
@@ -87,14 +87,15 @@ impl Problem {
     }
 
     fn run(&self, backend: &mut CpuBackend, weight: HostWeight, k_segments: usize) -> Vec<u32> {
-        let weight = backend.prepare(weight).unwrap();
+        let weight = backend.prepare(weight).expect("sound inputs");
         self.run_prepared(backend, &weight, k_segments)
     }
 
     fn run_prepared(&self, backend: &mut CpuBackend, weight: &Weight<CpuBuf>, k_segments: usize) -> Vec<u32> {
         // One element more than needed: nothing may be written behind the output.
-        let mut out = CpuBuf::from_slice("out", &vec![f32::NAN; self.rows * self.n + 1]).unwrap();
-        let x = CpuBuf::from_slice("x", &self.x).unwrap();
+        let mut out =
+            CpuBuf::from_slice("out", &vec![f32::NAN; self.rows * self.n + 1]).expect("sound inputs");
+        let x = CpuBuf::from_slice("x", &self.x).expect("sound inputs");
         let epilogue = Epilogue { bias: None, then: Then::Store };
         let args = LinearArgs {
             out: &mut out,
@@ -105,7 +106,7 @@ impl Problem {
             prologue: Prologue::None,
             epilogue,
         };
-        backend.linear(args).unwrap();
+        backend.linear(args).expect("sound inputs");
         let (out, behind) = out.slice::<f32>().split_at(self.rows * self.n);
         assert!(behind[0].is_nan(), "written behind the output");
         out.iter().map(|x| x.to_bits()).collect()
@@ -170,7 +171,7 @@ fn large_products_add_like_small_ones() {
         for layout in LAYOUTS {
             let problem = Problem::new(rows, n, k, DType::BF16);
             let mut backend = backend(3, CpuPath::Auto);
-            let weight = backend.prepare(problem.host(layout, 1, 0)).unwrap();
+            let weight = backend.prepare(problem.host(layout, 1, 0)).expect("sound inputs");
             let together = problem.run_prepared(&mut backend, &weight, 8);
             for row in [0, 1, rows / 2, rows - 2, rows - 1] {
                 let alone = problem.row(row).run_prepared(&mut backend, &weight, 8);
@@ -205,7 +206,7 @@ fn shards_of_k_add_up_to_the_bits_of_the_whole() {
     }
 }
 
-/// γ_m = m u / (1 − m u) bounds the relative error of m roundings; Higham, "Accuracy and Stability of Numerical
+/// `γ_m = m u / (1 − m u)` bounds the relative error of m roundings; Higham, "Accuracy and Stability of Numerical
 /// Algorithms", section 3.1. The longest way of a product to the result: its chain, three additions over the lanes, at
 /// most `log2` of the segments rounded up.
 #[test]
@@ -241,10 +242,10 @@ fn sums_are_right_within_the_bound_of_their_order() {
 fn logits_are_a_linear_of_eight_segments() {
     let mut backend = backend(2, CpuPath::Auto);
     let problem = Problem::new(3, 101, 96, DType::BF16);
-    let head = backend.prepare(problem.host(Layout::Nk, 1, 0)).unwrap();
-    let mut out = CpuBuf::from_slice("out", &[f32::NAN; 303]).unwrap();
-    let x = CpuBuf::from_slice("x", &problem.x).unwrap();
-    backend.logits(LogitsArgs { out: &mut out, x: &x, head: &head, rows: 3 }).unwrap();
+    let head = backend.prepare(problem.host(Layout::Nk, 1, 0)).expect("sound inputs");
+    let mut out = CpuBuf::from_slice("out", &[f32::NAN; 303]).expect("sound inputs");
+    let x = CpuBuf::from_slice("x", &problem.x).expect("sound inputs");
+    backend.logits(LogitsArgs { out: &mut out, x: &x, head: &head, rows: 3 }).expect("sound inputs");
     let logits: Vec<u32> = out.slice::<f32>().iter().map(|x| x.to_bits()).collect();
     assert_eq!(logits, problem.plain(&mut backend, 8));
 }

@@ -174,7 +174,7 @@ impl<T: Stored> Kernel for Tile<'_, T> {
         let width = align_up(self.scratch.d_head, LANES);
         for (sums, &total) in self.scratch.sums.chunks_exact_mut(width).zip(&totals[..n]) {
             for sum in sums.as_chunks_mut::<LANES>().0 {
-                *sum = s.to_array(s.div(s.from_array(*sum), s.splat(total)));
+                *sum = s.to_array(s.div(s.lanes(*sum), s.splat(total)));
             }
         }
     }
@@ -292,12 +292,12 @@ impl<'a, T: Stored> Tile<'a, T> {
         let scores = scores[first..].as_chunks_mut::<LANES>().0;
         let mut greatest = s.splat(f32::NEG_INFINITY);
         for score in scores.iter() {
-            greatest = s.max(greatest, s.from_array(*score));
+            greatest = s.max(greatest, s.lanes(*score));
         }
         let greatest = s.splat(s.max_lane(greatest));
         let mut sum = s.zero();
         for score in scores {
-            let weight = exp(s, s.sub(s.from_array(*score), greatest));
+            let weight = exp(s, s.sub(s.lanes(*score), greatest));
             sum = s.add(sum, weight);
             *score = s.to_array(weight);
         }

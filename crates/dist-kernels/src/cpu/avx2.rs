@@ -1,5 +1,6 @@
 //! Eight lanes as one AVX2 register.
 
+#[allow(clippy::wildcard_imports, reason = "every name begins with _mm and cannot be mistaken")]
 use std::arch::x86_64::*;
 
 use super::simd::{Kernel, LANES, Simd};
@@ -32,6 +33,9 @@ fn with_avx2<K: Kernel>(avx2: Avx2, kernel: K) -> K::Out {
     kernel.run(avx2)
 }
 
+/// A byte of zero, in the shuffle that widens bf16.
+const Z: i8 = -128;
+
 /// Wraps intrinsics that touch no memory.
 macro_rules! op {
     ($e:expr) => {
@@ -50,7 +54,7 @@ impl Simd for Avx2 {
         op!(_mm256_set1_ps(x))
     }
     #[inline(always)]
-    fn from_array(self, x: [f32; LANES]) -> __m256 {
+    fn lanes(self, x: [f32; LANES]) -> __m256 {
         // SAFETY: the instruction exists, since `self` was made by `detect`; the array has eight floats.
         unsafe { _mm256_loadu_ps(x.as_ptr()) }
     }
@@ -76,7 +80,14 @@ impl Simd for Avx2 {
     unsafe fn load_bf16(self, p: *const u8) -> __m256 {
         // SAFETY: the caller vouches for 16 bytes.
         let half = unsafe { _mm_loadu_si128(p.cast()) };
-        op!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half))))
+        // One shuffle puts each number in the upper half of its lane; widening and shifting would be two or three.
+        op!({
+            let place = _mm256_setr_epi8(
+                Z, Z, 0, 1, Z, Z, 2, 3, Z, Z, 4, 5, Z, Z, 6, 7, //
+                Z, Z, 8, 9, Z, Z, 10, 11, Z, Z, 12, 13, Z, Z, 14, 15,
+            );
+            _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(half), place))
+        })
     }
     #[inline(always)]
     unsafe fn load_f16(self, p: *const u8) -> __m256 {
@@ -105,10 +116,6 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn div(self, a: __m256, b: __m256) -> __m256 {
         op!(_mm256_div_ps(a, b))
-    }
-    #[inline(always)]
-    fn sqrt(self, a: __m256) -> __m256 {
-        op!(_mm256_sqrt_ps(a))
     }
     #[inline(always)]
     fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
@@ -141,24 +148,8 @@ impl Simd for Avx2 {
         op!(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b))
     }
     #[inline(always)]
-    fn lt(self, a: __m256, b: __m256) -> __m256 {
-        op!(_mm256_cmp_ps::<_CMP_LT_OQ>(a, b))
-    }
-    #[inline(always)]
-    fn eq(self, a: __m256, b: __m256) -> __m256 {
-        op!(_mm256_cmp_ps::<_CMP_EQ_OQ>(a, b))
-    }
-    #[inline(always)]
-    fn is_nan(self, a: __m256) -> __m256 {
-        op!(_mm256_cmp_ps::<_CMP_UNORD_Q>(a, a))
-    }
-    #[inline(always)]
     fn select(self, mask: __m256, a: __m256, b: __m256) -> __m256 {
         op!(_mm256_blendv_ps(b, a, mask))
-    }
-    #[inline(always)]
-    fn any(self, mask: __m256) -> bool {
-        op!(_mm256_movemask_ps(mask) != 0)
     }
 
     #[inline(always)]
@@ -170,20 +161,12 @@ impl Simd for Avx2 {
         op!(_mm256_cvtps_epi32(a))
     }
     #[inline(always)]
-    fn to_float(self, a: __m256i) -> __m256 {
-        op!(_mm256_cvtepi32_ps(a))
-    }
-    #[inline(always)]
     fn add_int(self, a: __m256i, b: __m256i) -> __m256i {
         op!(_mm256_add_epi32(a, b))
     }
     #[inline(always)]
     fn sub_int(self, a: __m256i, b: __m256i) -> __m256i {
         op!(_mm256_sub_epi32(a, b))
-    }
-    #[inline(always)]
-    fn and_int(self, a: __m256i, b: __m256i) -> __m256i {
-        op!(_mm256_and_si256(a, b))
     }
     #[inline(always)]
     fn shl<const BITS: i32>(self, a: __m256i) -> __m256i {
@@ -198,7 +181,7 @@ impl Simd for Avx2 {
         op!(_mm256_castps_si256(a))
     }
     #[inline(always)]
-    fn from_bits(self, a: __m256i) -> __m256 {
+    fn float_of(self, a: __m256i) -> __m256 {
         op!(_mm256_castsi256_ps(a))
     }
 

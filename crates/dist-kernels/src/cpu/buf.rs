@@ -78,7 +78,7 @@ impl Buffer for CpuBuf {
 impl CpuBuf {
     /// Takes `len` zeros; `what` names the purpose in an out-of-memory error.
     pub fn zeroed(what: &str, dtype: DType, len: usize) -> Result<Self> {
-        let needed = len.checked_mul(dtype.bytes()).filter(|&bytes| bytes <= isize::MAX as usize);
+        let needed = len.checked_mul(dtype.bytes()).filter(|&bytes| isize::try_from(bytes).is_ok());
         let out_of_memory = || KernelError::OutOfMemory {
             what: what.to_owned(),
             needed: needed.unwrap_or(usize::MAX),

@@ -56,7 +56,7 @@ impl Kernel for Read<'_> {
         }
         let mut total = rest.iter().map(|&byte| u64::from(byte)).sum();
         for sum in sums {
-            for lane in s.to_array(s.from_bits(sum)) {
+            for lane in s.to_array(s.float_of(sum)) {
                 total += u64::from(lane.to_bits());
             }
         }

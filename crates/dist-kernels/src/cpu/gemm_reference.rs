@@ -4,7 +4,7 @@
 use gemm::Parallelism;
 
 /// `out[rows, n] = x[rows, k] · w[n, k]ᵀ` in f32.
-pub fn gemm_f32(out: &mut [f32], x: &[f32], w: &[f32], [rows, n, k]: [usize; 3], threads: usize) {
+pub(crate) fn gemm_f32(out: &mut [f32], x: &[f32], w: &[f32], [rows, n, k]: [usize; 3], threads: usize) {
     assert!(out.len() >= rows * n && x.len() >= rows * k && w.len() >= n * k, "shapes");
     let stride = |len: usize| isize::try_from(len).expect("a stride fits");
     let parallelism = if threads > 1 { Parallelism::Rayon(threads) } else { Parallelism::None };

@@ -123,19 +123,20 @@ impl<E: Stored> BlockTask<'_, E> {
         }
     }
 
-    /// Byte offset of a chunk in its part; without one, of the outputs behind the task, which this thread does next.
-    #[inline(always)]
-    fn offset(&self, chunk: Option<Chunk>) -> usize {
-        let (n, k) = match chunk {
-            Some(c) => (c.output, self.product.segments.range(c.segment).0 + c.start),
-            None => (self.outputs.n, 0),
-        };
-        let (n, ld) = (self.outputs.start + n, self.outputs.part.ld);
-        E::BYTES
-            * match self.product.weight.layout {
-                Layout::Nk => n * ld + k,
-                Layout::Kn => k * ld + n,
+    /// The weights behind the task's, which this thread multiplies next.
+    fn ahead(&self) -> Ahead {
+        let (outputs, k) = (self.outputs, self.product.segments.k);
+        let stride = outputs.part.ld * E::BYTES;
+        let end = outputs.start + outputs.n;
+        let n = outputs.n.min(outputs.part.n - end);
+        let base = outputs.part.data.bytes().as_ptr();
+        match self.product.weight.layout {
+            Layout::Nk => {
+                let rate = (N * Ahead::lines_per_group::<E>()).div_ceil(self.rows.len.div_ceil(R));
+                Ahead::new(base.wrapping_add(end * stride), n, k * E::BYTES, stride, rate)
             }
+            Layout::Kn => Ahead::new(base.wrapping_add(end * E::BYTES), k, n * E::BYTES, stride, 2),
+        }
     }
 
     /// The stored weights of a chunk.
@@ -146,7 +147,12 @@ impl<E: Stored> BlockTask<'_, E> {
             Layout::Nk => (chunk.n, chunk.len),
             Layout::Kn => (chunk.len, chunk.n),
         };
-        let first = self.offset(Some(chunk));
+        let k = self.product.segments.range(chunk.segment).0 + chunk.start;
+        let n = self.outputs.start + chunk.output;
+        let first = match self.product.weight.layout {
+            Layout::Nk => n * stride + k * E::BYTES,
+            Layout::Kn => k * stride + n * E::BYTES,
+        };
         let end = first + height.saturating_sub(1) * stride + width * E::BYTES;
         assert!(height == 0 || end <= bytes.len(), "the chunk lies in its part");
         Source { w: bytes.as_ptr().wrapping_add(first), stride, n: chunk.n, len: chunk.len }
@@ -156,13 +162,11 @@ impl<E: Stored> BlockTask<'_, E> {
 // kernel
 #[inline(always)]
 fn linear_block<S: Simd, E: Stored>(s: S, task: &mut BlockTask<'_, E>) {
-    let mut chunk = task.chunk(0, 0, 0);
-    loop {
-        let after = task.after(chunk);
-        let next = task.outputs.part.data.bytes().as_ptr().wrapping_add(task.offset(after));
-        multiply(s, task, chunk, next);
-        let Some(after) = after else { break };
-        chunk = after;
+    let mut ahead = task.ahead();
+    let mut next = Some(task.chunk(0, 0, 0));
+    while let Some(chunk) = next {
+        multiply(s, task, chunk, &mut ahead);
+        next = task.after(chunk);
     }
     for row in task.rows.start..task.rows.start + task.rows.len {
         let at = row * task.product.weight.n + task.outputs.column;
@@ -172,15 +176,12 @@ fn linear_block<S: Simd, E: Stored>(s: S, task: &mut BlockTask<'_, E>) {
     }
 }
 
-/// Multiplies a chunk with all rows of the block; `next` is where the chunk after it lies.
+/// Multiplies a chunk with all rows of the block.
 #[inline(always)]
-fn multiply<S: Simd, E: Stored>(s: S, task: &mut BlockTask<'_, E>, chunk: Chunk, next: *const u8) {
+fn multiply<S: Simd, E: Stored>(s: S, task: &mut BlockTask<'_, E>, chunk: Chunk, ahead: &mut Ahead) {
     let source = task.source(chunk);
     let (tile, stride) = (task.tile.as_mut_ptr(), chunk.stride());
     assert!(chunk.n.next_multiple_of(LANES) * stride <= task.tile.len(), "the tile fits");
-    let period = task.rows.len.div_ceil(R);
-    let ahead =
-        Ahead { w: next, stride: source.stride, group_bytes: Ahead::group_bytes::<E>(), phase: 0, period };
     let mut is_widened = false;
     // SAFETY: source and tile are large enough by the two assertions.
     unsafe {
@@ -197,13 +198,12 @@ fn multiply<S: Simd, E: Stored>(s: S, task: &mut BlockTask<'_, E>, chunk: Chunk,
         // Four rows at a time; a single last row would leave the multipliers waiting, so five are three and two.
         let left = task.rows.len - row;
         let height = if left == R + 1 { R - 1 } else { left.min(R) };
-        let ahead = Ahead { phase: idx, ..ahead };
-        let place = Place { row, idx, source, ahead, is_widened };
+        let place = Place { row, idx, source, is_widened };
         match height {
-            1 => multiply_rows::<S, E, 1>(s, task, chunk, place),
-            2 => multiply_rows::<S, E, 2>(s, task, chunk, place),
-            3 => multiply_rows::<S, E, 3>(s, task, chunk, place),
-            _ => multiply_rows::<S, E, R>(s, task, chunk, place),
+            1 => multiply_rows::<S, E, 1>(s, task, chunk, place, ahead),
+            2 => multiply_rows::<S, E, 2>(s, task, chunk, place, ahead),
+            3 => multiply_rows::<S, E, 3>(s, task, chunk, place, ahead),
+            _ => multiply_rows::<S, E, R>(s, task, chunk, place, ahead),
         }
         row += height;
         idx += 1;
@@ -219,7 +219,6 @@ struct Place {
     /// Which tile of rows.
     idx: usize,
     source: Source,
-    ahead: Ahead,
     /// The tile holds the weights; else these rows read them as they are stored and widen them for the others.
     is_widened: bool,
 }
@@ -231,6 +230,7 @@ fn multiply_rows<S: Simd, E: Stored, const H: usize>(
     task: &mut BlockTask<'_, E>,
     chunk: Chunk,
     place: Place,
+    ahead: &mut Ahead,
 ) {
     let (product, stride) = (task.product, chunk.stride());
     let widened = (task.tile.as_mut_ptr(), stride);
@@ -244,20 +244,19 @@ fn multiply_rows<S: Simd, E: Stored, const H: usize>(
         w: widened.0.cast_const().cast(),
         w_stride: stride * size_of::<f32>(),
         len: stride,
-        ahead: place.ahead,
     };
     // SAFETY: packed rows and the tile are padded to whole steps. Outputs of the tile behind the chunk's are left over
     // from before, and nobody uses their sums. Stored weights are read only where the chunk is whole tiles of outputs,
     // which lie in their part as `source` asserted.
     unsafe {
         if place.is_widened {
-            s.outlined(Strip::<StoredF32, H, N, false>::new(from, widened, lanes, part, sums));
+            s.outlined(Strip::<StoredF32, H, N, false>::new(from, widened, lanes, (part, ahead), sums));
         } else {
             (from.w, from.w_stride, from.len) = (place.source.w, place.source.stride, chunk.len);
             if task.rows.len > DIRECT_ROWS_MAX {
-                s.outlined(Strip::<E, H, N, true>::new(from, widened, lanes, part, sums));
+                s.outlined(Strip::<E, H, N, true>::new(from, widened, lanes, (part, ahead), sums));
             } else {
-                s.outlined(Strip::<E, H, N, false>::new(from, widened, lanes, part, sums));
+                s.outlined(Strip::<E, H, N, false>::new(from, widened, lanes, (part, ahead), sums));
             }
         }
     }
@@ -284,10 +283,10 @@ fn add_segment<S: Simd, E: Stored>(
     let (waiting, _) = task.waiting.as_chunks_mut::<LANES>();
     for (i, sums) in sums.iter().enumerate() {
         let at = |level: usize| level * (SUMS_FLOATS / LANES) + (first + i) * 2;
-        let mut sums = [s.from_array(sums[0]), s.from_array(sums[1])];
+        let mut sums = [s.lanes(sums[0]), s.lanes(sums[1])];
         for level in (level..depth).rev() {
             let left = &waiting[at(level)..at(level) + 2];
-            sums = [s.add(s.from_array(left[0]), sums[0]), s.add(s.from_array(left[1]), sums[1])];
+            sums = [s.add(s.lanes(left[0]), sums[0]), s.add(s.lanes(left[1]), sums[1])];
         }
         let sums = [s.to_array(sums[0]), s.to_array(sums[1])];
         if !is_whole {

@@ -30,7 +30,7 @@ fn add_bias<S: Simd>(s: S, out: &mut [f32], bias: Floats<'_>, first: usize) {
     let (whole, rest) = out.as_chunks_mut::<LANES>();
     let done = first + LANES * whole.len();
     for (i, out) in whole.iter_mut().enumerate() {
-        *out = s.to_array(s.add(s.from_array(*out), bias.load(s, first + LANES * i, LANES)));
+        *out = s.to_array(s.add(s.lanes(*out), bias.load(s, first + LANES * i, LANES)));
     }
     if !rest.is_empty() {
         let sum = s.add(s.load_partial(rest), bias.load(s, done, rest.len()));

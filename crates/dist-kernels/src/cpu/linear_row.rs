@@ -64,20 +64,16 @@ fn sum_outputs<S: Simd, E: Stored, const M: usize>(
     assert!(bytes.len() >= (M - 1) * stride + segments.k * E::BYTES, "outputs lie in their part");
     let mut waiting = Waiting::new(s);
     let mut sum = s.zero();
+    let row_bytes = segments.k * E::BYTES;
+    let next = bytes.as_ptr().wrapping_add(M * stride);
+    let mut ahead = Ahead::new(next, M, row_bytes, stride, M * Ahead::lines_per_group::<E>());
     for idx in 0..segments.count {
         let (start, len) = segments.range(idx);
         let w = bytes.as_ptr().wrapping_add(start * E::BYTES);
-        let ahead = Ahead {
-            w: w.wrapping_add(M * stride),
-            stride,
-            group_bytes: Ahead::group_bytes::<E>(),
-            phase: 0,
-            period: 1,
-        };
-        let from = Operands { x: product.x_at(idx, 0), x_stride: 0, w, w_stride: stride, len, ahead };
+        let from = Operands { x: product.x_at(idx, 0), x_stride: 0, w, w_stride: stride, len };
         let zero = [[s.zero(); M]; 1];
         // SAFETY: M outputs of k elements lie in `bytes`, and the packed row is padded to whole steps.
-        let acc = unsafe { dot::<S, E, 1, M, false>(s, from, zero, (std::ptr::null_mut(), 0)) };
+        let acc = unsafe { dot::<S, E, 1, M, false>(s, from, zero, (std::ptr::null_mut(), 0), &mut ahead) };
         sum = waiting.push(s, segments, idx, sum_lanes(s, acc)[0]);
     }
     sum

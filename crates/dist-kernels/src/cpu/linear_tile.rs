@@ -25,28 +25,52 @@ pub(super) struct Operands {
     pub(super) w_stride: usize,
     /// Inputs.
     pub(super) len: usize,
-    /// What to ask for meanwhile.
-    pub(super) ahead: Ahead,
 }
 
-/// Weights that will be needed next: every `period`-th group of lines, from `phase` on, is asked for in one tile, so
-/// that all tiles that share a period together ask for all of them.
+/// Weights that will be needed next, asked for line by line while others are multiplied.
+///
+/// The order is that of memory, whatever the order of use: the processor's own prefetcher then recognises a stream and
+/// runs ahead, which it does with more requests in flight than a core can make by itself.
 #[derive(Clone, Copy)]
 pub(super) struct Ahead {
-    /// Where output 0 will be; any address.
-    pub(super) w: *const u8,
-    /// Bytes from one output to the next.
-    pub(super) stride: usize,
-    /// Bytes of four steps.
-    pub(super) group_bytes: usize,
-    pub(super) phase: usize,
-    pub(super) period: usize,
+    line: *const u8,
+    /// Lines left of this stored row, and of every row.
+    left: usize,
+    row_lines: usize,
+    /// Bytes from the end of a row's last line to the next row.
+    skip: usize,
+    /// Lines left in all.
+    total: usize,
+    /// Lines for every four steps of a tile.
+    rate: usize,
 }
 
 impl Ahead {
-    /// Bytes that four steps of `E` read.
-    pub(super) const fn group_bytes<E: Stored>() -> usize {
-        UNROLL * LANES * E::BYTES
+    /// Lines that four steps of one output read.
+    pub(super) const fn lines_per_group<E: Stored>() -> usize {
+        UNROLL * LANES * E::BYTES / LINE_BYTES
+    }
+
+    /// Asks for `rows` stored rows of `row_bytes`, `stride` bytes apart, `rate` lines for every four steps.
+    pub(super) fn new(w: *const u8, rows: usize, row_bytes: usize, stride: usize, rate: usize) -> Self {
+        let row_lines = row_bytes.div_ceil(LINE_BYTES).max(1);
+        let skip = stride.wrapping_sub(row_lines * LINE_BYTES);
+        Self { line: w, left: row_lines, row_lines, skip, total: rows * row_lines, rate }
+    }
+
+    #[inline(always)]
+    fn step<S: Simd>(&mut self, s: S) {
+        let n = self.rate.min(self.total);
+        self.total -= n;
+        for _ in 0..n {
+            s.prefetch(self.line);
+            self.line = self.line.wrapping_add(LINE_BYTES);
+            self.left -= 1;
+            if self.left == 0 {
+                self.line = self.line.wrapping_add(self.skip);
+                self.left = self.row_lines;
+            }
+        }
     }
 }
 
@@ -62,21 +86,12 @@ pub(super) unsafe fn dot<S: Simd, E: Stored, const R: usize, const N: usize, con
     from: Operands,
     mut acc: [[S::V; N]; R],
     tile: (*mut f32, usize),
+    ahead: &mut Ahead,
 ) -> [[S::V; N]; R] {
     let (steps, rest) = (from.len / LANES, from.len % LANES);
-    let (groups, ahead) = (steps / UNROLL, from.ahead);
-    let mut next = ahead.phase;
+    let groups = steps / UNROLL;
     for group in 0..groups {
-        if group == next {
-            next += ahead.period;
-            for n in 0..N {
-                let line = ahead.w.wrapping_add(n * ahead.stride + group * ahead.group_bytes);
-                s.prefetch(line);
-                if ahead.group_bytes > LINE_BYTES {
-                    s.prefetch(line.wrapping_add(LINE_BYTES));
-                }
-            }
-        }
+        ahead.step(s);
         for step in group * UNROLL..(group + 1) * UNROLL {
             // SAFETY: `step` is below `len / 8`.
             acc = unsafe { dot_step::<S, E, R, N, WIDEN, false>(s, from, step, acc, tile) };
@@ -123,11 +138,11 @@ unsafe fn dot_step<
             }
         }
     }
-    for r in 0..R {
+    for (r, acc) in acc.iter_mut().enumerate() {
         // SAFETY: this step of row `r`, by the caller's promise.
         let x = unsafe { s.load_ptr(from.x.add(r * from.x_stride + step * LANES)) };
-        for n in 0..N {
-            acc[r][n] = s.fma(x, w[n], acc[r][n]);
+        for (acc, &w) in acc.iter_mut().zip(&w) {
+            *acc = s.fma(x, w, *acc);
         }
     }
     acc
@@ -142,6 +157,7 @@ pub(super) struct Strip<'a, E, const R: usize, const N: usize, const WIDEN: bool
     /// `[outputs / N][R][N][8]`.
     lanes: &'a mut [[f32; LANES]],
     part: Part,
+    ahead: &'a mut Ahead,
     /// One for each `N` outputs.
     sums: &'a mut [[[f32; LANES]; 2]],
     stored: PhantomData<E>,
@@ -166,11 +182,11 @@ impl<'a, E, const R: usize, const N: usize, const WIDEN: bool> Strip<'a, E, R, N
         from: Operands,
         widened: (*mut f32, usize),
         lanes: &'a mut [[f32; LANES]],
-        part: Part,
+        (part, ahead): (Part, &'a mut Ahead),
         sums: &'a mut [[[f32; LANES]; 2]],
     ) -> Self {
         assert!(lanes.len() >= R * N * sums.len(), "lanes of a strip");
-        Self { from, widened, lanes, part, sums, stored: PhantomData }
+        Self { from, widened, lanes, part, ahead, sums, stored: PhantomData }
     }
 }
 
@@ -181,17 +197,19 @@ impl<E: Stored, const R: usize, const N: usize, const WIDEN: bool> Kernel for St
     fn run<S: Simd>(self, s: S) {
         let mut from = self.from;
         let mut widened = self.widened.0;
+        let mut ahead = *self.ahead;
         for (lanes, sums) in self.lanes.chunks_exact_mut(R * N).zip(self.sums) {
             let mut acc = [[s.zero(); N]; R];
             if !self.part.is_first {
                 for r in 0..R {
                     for n in 0..N {
-                        acc[r][n] = s.from_array(lanes[r * N + n]);
+                        acc[r][n] = s.lanes(lanes[r * N + n]);
                     }
                 }
             }
             // SAFETY: these outputs, by the promise made to `new`.
-            let acc = unsafe { dot::<S, E, R, N, WIDEN>(s, from, acc, (widened, self.widened.1)) };
+            let acc =
+                unsafe { dot::<S, E, R, N, WIDEN>(s, from, acc, (widened, self.widened.1), &mut ahead) };
             if self.part.is_last {
                 let [low, high] = sum_lanes(s, acc);
                 *sums = [s.to_array(low), s.to_array(high)];
@@ -203,9 +221,9 @@ impl<E: Stored, const R: usize, const N: usize, const WIDEN: bool> Kernel for St
                 }
             }
             from.w = from.w.wrapping_add(N * from.w_stride);
-            from.ahead.w = from.ahead.w.wrapping_add(N * from.ahead.stride);
             widened = widened.wrapping_add(N * self.widened.1);
         }
+        *self.ahead = ahead;
     }
 }
 

@@ -28,7 +28,7 @@ pub(super) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
 /// `2ⁿ` for n in −126..=127.
 #[inline(always)]
 fn power_of_two<S: Simd>(s: S, n: S::I) -> S::V {
-    s.from_bits(s.shl::<23>(s.add_int(n, s.splat_int(127))))
+    s.float_of(s.shl::<23>(s.add_int(n, s.splat_int(127))))
 }
 
 /// Horner's scheme, highest power first.
@@ -97,7 +97,7 @@ pub(super) fn activation<S: Simd>(s: S, activation: Activation, x: S::V) -> S::V
 pub(super) fn activate<S: Simd>(s: S, function: Activation, xs: &mut [f32]) {
     let (whole, rest) = xs.as_chunks_mut::<LANES>();
     for x in whole {
-        *x = s.to_array(activation(s, function, s.from_array(*x)));
+        *x = s.to_array(activation(s, function, s.lanes(*x)));
     }
     if !rest.is_empty() {
         s.store_partial(activation(s, function, s.load_partial(rest)), rest);

@@ -52,7 +52,7 @@ pub(super) fn load_or<S: Simd>(s: S, x: &[f32], at: usize, fill: f32) -> S::V {
     }
     let mut lanes = [fill; LANES];
     lanes[..x.len()].copy_from_slice(x);
-    s.from_array(lanes)
+    s.lanes(lanes)
 }
 
 /// Writes up to eight elements of `out` from `at` on.

@@ -32,7 +32,7 @@ impl Simd for Portable {
         [x; LANES]
     }
     #[inline(always)]
-    fn from_array(self, x: V) -> V {
+    fn lanes(self, x: V) -> V {
         x
     }
     #[inline(always)]
@@ -80,10 +80,6 @@ impl Simd for Portable {
         zip(a, b, |a, b| a / b)
     }
     #[inline(always)]
-    fn sqrt(self, a: V) -> V {
-        map(a, f32::sqrt)
-    }
-    #[inline(always)]
     fn fma(self, a: V, b: V, c: V) -> V {
         std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
     }
@@ -113,25 +109,8 @@ impl Simd for Portable {
         zip(a, b, |a, b| a > b)
     }
     #[inline(always)]
-    fn lt(self, a: V, b: V) -> M {
-        zip(a, b, |a, b| a < b)
-    }
-    #[inline(always)]
-    #[allow(clippy::float_cmp)] // Equality of floats is what this operation is.
-    fn eq(self, a: V, b: V) -> M {
-        zip(a, b, |a, b| a == b)
-    }
-    #[inline(always)]
-    fn is_nan(self, a: V) -> M {
-        map(a, f32::is_nan)
-    }
-    #[inline(always)]
     fn select(self, mask: M, a: V, b: V) -> V {
         std::array::from_fn(|i| if mask[i] { a[i] } else { b[i] })
-    }
-    #[inline(always)]
-    fn any(self, mask: M) -> bool {
-        mask.contains(&true)
     }
 
     #[inline(always)]
@@ -148,20 +127,12 @@ impl Simd for Portable {
         })
     }
     #[inline(always)]
-    fn to_float(self, a: I) -> V {
-        map(a, |a| a as f32)
-    }
-    #[inline(always)]
     fn add_int(self, a: I, b: I) -> I {
         zip(a, b, i32::wrapping_add)
     }
     #[inline(always)]
     fn sub_int(self, a: I, b: I) -> I {
         zip(a, b, i32::wrapping_sub)
-    }
-    #[inline(always)]
-    fn and_int(self, a: I, b: I) -> I {
-        zip(a, b, |a, b| a & b)
     }
     #[inline(always)]
     fn shl<const BITS: i32>(self, a: I) -> I {
@@ -176,7 +147,7 @@ impl Simd for Portable {
         map(a, |a| a.to_bits() as i32)
     }
     #[inline(always)]
-    fn from_bits(self, a: I) -> V {
+    fn float_of(self, a: I) -> V {
         map(a, |a| f32::from_bits(a as u32))
     }
 

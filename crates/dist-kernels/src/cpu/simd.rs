@@ -28,7 +28,7 @@ pub enum CpuPath {
 /// Eight lanes of `f32`. A value of an implementing type is the proof that its instructions exist here.
 ///
 /// Every method is one operation a lane. `max(a, b)` is `if a > b { a } else { b }` and `min(a, b)` is
-/// `if a < b { a } else { b }`, hence `b` where either is NaN. Comparisons with NaN are false.
+/// `if a < b { a } else { b }`, hence `b` where either is NaN. A comparison with NaN is false.
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Eight floats.
     type V: Copy;
@@ -40,7 +40,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::V;
     /// Lanes from an array.
-    fn from_array(self, x: [f32; LANES]) -> Self::V;
+    fn lanes(self, x: [f32; LANES]) -> Self::V;
     /// Lanes as an array.
     fn to_array(self, v: Self::V) -> [f32; LANES];
 
@@ -75,8 +75,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a / b`.
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
-    /// `√a`, correctly rounded.
-    fn sqrt(self, a: Self::V) -> Self::V;
     /// `a · b + c`, rounded once.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// `if a > b { a } else { b }`.
@@ -92,29 +90,17 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 
     /// `a > b`.
     fn gt(self, a: Self::V, b: Self::V) -> Self::M;
-    /// `a < b`.
-    fn lt(self, a: Self::V, b: Self::V) -> Self::M;
-    /// `a == b`.
-    fn eq(self, a: Self::V, b: Self::V) -> Self::M;
-    /// Whether `a` is NaN.
-    fn is_nan(self, a: Self::V) -> Self::M;
     /// `if mask { a } else { b }`.
     fn select(self, mask: Self::M, a: Self::V, b: Self::V) -> Self::V;
-    /// Whether any lane is true.
-    fn any(self, mask: Self::M) -> bool;
 
     /// All lanes `x`.
     fn splat_int(self, x: i32) -> Self::I;
     /// The nearest integer, ties to even; `i32::MIN` for NaN and what does not fit.
     fn to_int(self, a: Self::V) -> Self::I;
-    /// The nearest float.
-    fn to_float(self, a: Self::I) -> Self::V;
     /// `a + b`, wrapping.
     fn add_int(self, a: Self::I, b: Self::I) -> Self::I;
     /// `a − b`, wrapping.
     fn sub_int(self, a: Self::I, b: Self::I) -> Self::I;
-    /// `a & b`.
-    fn and_int(self, a: Self::I, b: Self::I) -> Self::I;
     /// `a << BITS`.
     fn shl<const BITS: i32>(self, a: Self::I) -> Self::I;
     /// `a >> BITS`, keeping the sign.
@@ -122,7 +108,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// The bits of `a` as integers.
     fn to_bits(self, a: Self::V) -> Self::I;
     /// The floats with these bits.
-    fn from_bits(self, a: Self::I) -> Self::V;
+    fn float_of(self, a: Self::I) -> Self::V;
 
     /// Runs a kernel as a function of its own, so that its loops have all registers to themselves.
     fn outlined<K: Kernel>(self, kernel: K) -> K::Out;
@@ -159,7 +145,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn load_partial(self, x: &[f32]) -> Self::V {
         let mut lanes = [0.0; LANES];
         lanes[..x.len()].copy_from_slice(x);
-        self.from_array(lanes)
+        self.lanes(lanes)
     }
 
     /// Writes as many lanes as `out` has elements, at most eight.

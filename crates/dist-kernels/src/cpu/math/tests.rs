@@ -19,7 +19,7 @@ impl Kernel for Apply<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         for x in self.1.as_chunks_mut::<LANES>().0 {
-            let v = s.from_array(*x);
+            let v = s.lanes(*x);
             *x = s.to_array(match self.0 {
                 Function::Exp => exp(s, v),
                 Function::Erf => erf(s, v),
@@ -59,7 +59,7 @@ fn worst_ulp(function: Function, exact: fn(f64) -> f64, step: usize) -> (f64, f3
         let exact = exact(f64::from(x));
         let rounded = exact as f32;
         if !rounded.is_finite() || !y.is_finite() {
-            let same = y == rounded || (y.is_nan() && rounded.is_nan());
+            let same = y.to_bits() == rounded.to_bits() || (y.is_nan() && rounded.is_nan());
             assert!(same, "f({x}) is {y}, not {rounded}");
             continue;
         }
@@ -97,7 +97,7 @@ fn erf_is_within_a_unit_of_the_last_place() {
     assert!(ulp < 1.0, "{ulp} ulp at {at}");
 }
 
-/// Measured over [−12, 12]: GELU tanh 5.2e-7 at 4.67, GELU erf 4.5e-7 at 5.08 (there an ulp is 4.8e-7), ReLU exact.
+/// Measured over [−12, 12]: GELU tanh 5.2e-7 at 4.67, GELU erf 4.5e-7 at 5.08 (there an ulp is 4.8e-7), `ReLU` exact.
 #[test]
 fn activations_are_close_in_absolute_terms() {
     let gelu_tanh: fn(f64) -> f64 =
@@ -107,7 +107,7 @@ fn activations_are_close_in_absolute_terms() {
         (worst_absolute(Activation::GeluTanh, gelu_tanh), worst_absolute(Activation::GeluErf, gelu_erf));
     assert!(tanh.0 < 6e-7, "GELU tanh: {} at {}", tanh.0, tanh.1);
     assert!(erf.0 < 6e-7, "GELU erf: {} at {}", erf.0, erf.1);
-    assert_eq!(worst_absolute(Activation::Relu, |x| x.max(0.0)).0, 0.0);
+    assert!(worst_absolute(Activation::Relu, |x| x.max(0.0)).0 <= 0.0, "ReLU is exact");
 }
 
 #[test]
