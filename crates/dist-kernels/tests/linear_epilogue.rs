@@ -95,7 +95,7 @@ fn an_activation_follows_the_bias() {
         let gelu = run(&mut backend, &weight, &x, Prologue::None, gelu);
         for (gelu, &x) in gelu.slice::<f32>().iter().zip(sums.slice::<f32>()) {
             // Between 0 and x, and x itself far from zero: what any GELU does, whatever its formula.
-            assert!(gelu.abs() <= x.abs() && (x < 4.0 || gelu.to_bits() == x.to_bits()), "{gelu} of {x}");
+            assert!(gelu.abs() <= x.abs() && (x < 6.0 || gelu.to_bits() == x.to_bits()), "{gelu} of {x}");
         }
     }
 }

@@ -33,8 +33,15 @@ fn with_avx2<K: Kernel>(avx2: Avx2, kernel: K) -> K::Out {
     kernel.run(avx2)
 }
 
-/// A byte of zero, in the shuffle that widens bf16.
-const Z: i8 = -128;
+/// Places eight 16-bit numbers, given in both halves of a register, in the upper halves of its lanes; −128 is zero.
+static UPPER_HALVES: Aligned = Aligned([
+    -128, -128, 0, 1, -128, -128, 2, 3, -128, -128, 4, 5, -128, -128, 6, 7, //
+    -128, -128, 8, 9, -128, -128, 10, 11, -128, -128, 12, 13, -128, -128, 14, 15,
+]);
+
+#[derive(Clone, Copy)]
+#[repr(align(32))]
+struct Aligned([i8; 32]);
 
 /// Wraps intrinsics that touch no memory.
 macro_rules! op {
@@ -80,13 +87,13 @@ impl Simd for Avx2 {
     unsafe fn load_bf16(self, p: *const u8) -> __m256 {
         // SAFETY: the caller vouches for 16 bytes.
         let half = unsafe { _mm_loadu_si128(p.cast()) };
-        // One shuffle puts each number in the upper half of its lane; widening and shifting would be two or three.
+        // One shuffle puts each number in the upper half of its lane; widening and shifting would be two or three. Its
+        // pattern is read from memory every time: kept in a register, it would push an accumulator out of its own.
+        // SAFETY: a read of a constant.
+        let upper = unsafe { std::ptr::read_volatile(&raw const UPPER_HALVES).0 };
         op!({
-            let place = _mm256_setr_epi8(
-                Z, Z, 0, 1, Z, Z, 2, 3, Z, Z, 4, 5, Z, Z, 6, 7, //
-                Z, Z, 8, 9, Z, Z, 10, 11, Z, Z, 12, 13, Z, Z, 14, 15,
-            );
-            _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(half), place))
+            let upper = std::mem::transmute::<[i8; 32], __m256i>(upper);
+            _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(half), upper))
         })
     }
     #[inline(always)]
