@@ -11,6 +11,7 @@ const W1: u32 = 0xBB67_AE85;
 
 /// Ten rounds of Philox4x32: 128 random bits, a function of `counter` and `key` only.
 #[must_use]
+#[inline]
 pub const fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     let mut round = 0;
     while round < 10 {
@@ -68,6 +69,7 @@ impl NormalTable {
 
     /// Elements `8 · group … 8 · group + 7` of the stream with this key.
     #[must_use]
+    #[inline]
     pub fn eight(&self, key: [u32; 2], group: u64) -> [f32; 8] {
         let bits = philox4x32([group as u32, (group >> 32) as u32, 0, 0], key);
         std::array::from_fn(|i| self.quantiles[(bits[i / 2] >> (16 * (i % 2))) as usize & 0xFFFF])

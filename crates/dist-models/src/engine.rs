@@ -6,12 +6,14 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{SendError, Sender};
 
+use dist_comm::ControlError;
 use dist_core::Rank;
 use dist_core::plan::Plan;
 use dist_kernels::{Backend, KernelError};
 
 use crate::checkpoint::Checkpoint;
 use crate::decoder::{Decoder, LoadError, LoadProgress};
+use crate::rank::Leader;
 use crate::request::{Event, Request, RequestId};
 use crate::runner::{Comms, RunError, Runner};
 use crate::scheduler::{Limits, RequestError, Scheduler, Stats};
@@ -31,6 +33,9 @@ pub enum EngineError {
     /// A step failed.
     #[error(transparent)]
     Run(#[from] RunError),
+    /// A rank is gone, or the way to it.
+    #[error(transparent)]
+    Control(#[from] ControlError),
     /// A follower ended.
     #[error("a follower rank ended before step {step}")]
     FollowerLost {
@@ -47,11 +52,18 @@ pub enum Followers {
     None,
     /// Threads of this process.
     Threads(Vec<Sender<Arc<StepBatch>>>),
+    /// Processes, on this machine or others.
+    Ranks(Box<Leader>),
 }
 
 impl Followers {
-    fn broadcast(&self, batch: &StepBatch) -> Result<(), EngineError> {
-        let Self::Threads(senders) = self else { return Ok(()) };
+    /// `collects` steps have been collected since the last broadcast.
+    fn broadcast(&mut self, batch: &StepBatch, collects: u32) -> Result<(), EngineError> {
+        let senders = match self {
+            Self::None => return Ok(()),
+            Self::Ranks(leader) => return Ok(leader.step(batch, collects)?),
+            Self::Threads(senders) => senders,
+        };
         let shared = Arc::new(batch.clone());
         let lost =
             |SendError(batch): SendError<Arc<StepBatch>>| EngineError::FollowerLost { step: batch.step };
@@ -68,6 +80,10 @@ pub struct Engine<B: Backend> {
     /// Steps that were submitted and not committed, oldest first; one a pipeline stage at most.
     in_flight: VecDeque<StepBatch>,
     depth: usize,
+    /// Steps collected since the last one was submitted.
+    collects: u32,
+    /// Whether a step failed, so that there is nothing to wait for.
+    is_broken: bool,
 }
 
 /// Loads what `rank` holds under `plan` and takes all memory of its steps.
@@ -103,7 +119,16 @@ impl<B: Backend> Engine<B> {
         let scheduler =
             Scheduler::new(limits, plan.model.eos_ids.clone(), plan.model.n_vocab).for_stages(depth);
         let texts = Texts::new(tokenizer);
-        Self { runner, followers, scheduler, texts, in_flight: VecDeque::new(), depth }
+        Self {
+            runner,
+            followers,
+            scheduler,
+            texts,
+            in_flight: VecDeque::new(),
+            depth,
+            collects: 0,
+            is_broken: false,
+        }
     }
 
     /// Takes a request in, or says why it never could be served.
@@ -122,14 +147,26 @@ impl<B: Backend> Engine<B> {
 
     /// Keeps every stage busy, then waits for the oldest step and tells what it did; nothing to do is no event.
     pub fn step(&mut self) -> Result<Vec<Event>, EngineError> {
+        self.try_step().inspect_err(|error| {
+            self.is_broken = true;
+            if let Followers::Ranks(leader) = &self.followers
+                && error.lost().is_none()
+            {
+                leader.fail(&error.to_string());
+            }
+        })
+    }
+
+    fn try_step(&mut self) -> Result<Vec<Event>, EngineError> {
         while self.in_flight.len() < self.depth {
             let Some(batch) = self.scheduler.schedule() else { break };
-            self.followers.broadcast(&batch)?;
+            self.followers.broadcast(&batch, std::mem::take(&mut self.collects))?;
             self.runner.submit(&batch)?;
             self.in_flight.push_back(batch);
         }
         let Some(batch) = self.in_flight.pop_front() else { return Ok(self.ended()) };
         let output = self.runner.collect()?.expect("a step was submitted");
+        self.collects += 1;
         let commits = self.scheduler.commit(&batch, &output);
         Ok(self.texts.events(commits, &mut self.scheduler))
     }
@@ -153,5 +190,21 @@ impl<B: Backend> Engine<B> {
     /// The device.
     pub fn backend(&mut self) -> &mut B {
         self.runner.backend()
+    }
+}
+
+/// Followers are in the middle of what was submitted: they are let through it before they are told to stop.
+impl<B: Backend> Drop for Engine<B> {
+    fn drop(&mut self) {
+        let Followers::Ranks(leader) = &mut self.followers else { return };
+        if self.is_broken || std::thread::panicking() {
+            return;
+        }
+        while self.in_flight.pop_front().is_some() {
+            if self.runner.collect().is_err() {
+                return;
+            }
+        }
+        leader.stop();
     }
 }

@@ -54,6 +54,7 @@ pub mod checkpoint;
 pub mod decoder;
 pub mod engine;
 pub mod kv_blocks;
+pub mod rank;
 pub mod request;
 pub mod runner;
 pub mod scheduler;

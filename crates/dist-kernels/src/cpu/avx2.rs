@@ -34,14 +34,14 @@ fn with_avx2<K: Kernel>(avx2: Avx2, kernel: K) -> K::Out {
 }
 
 /// Places eight 16-bit numbers, given in both halves of a register, in the upper halves of its lanes; −128 is zero.
-static UPPER_HALVES: Aligned = Aligned([
-    -128, -128, 0, 1, -128, -128, 2, 3, -128, -128, 4, 5, -128, -128, 6, 7, //
-    -128, -128, 8, 9, -128, -128, 10, 11, -128, -128, 12, 13, -128, -128, 14, 15,
-]);
-
-#[derive(Clone, Copy)]
-#[repr(align(32))]
-struct Aligned([i8; 32]);
+static UPPER_HALVES: __m256i = {
+    let places: [i8; 32] = [
+        -128, -128, 0, 1, -128, -128, 2, 3, -128, -128, 4, 5, -128, -128, 6, 7, //
+        -128, -128, 8, 9, -128, -128, 10, 11, -128, -128, 12, 13, -128, -128, 14, 15,
+    ];
+    // SAFETY: both types are 32 plain bytes.
+    unsafe { std::mem::transmute(places) }
+};
 
 /// Wraps intrinsics that touch no memory.
 macro_rules! op {
@@ -90,11 +90,8 @@ impl Simd for Avx2 {
         // One shuffle puts each number in the upper half of its lane; widening and shifting would be two or three. Its
         // pattern is read from memory every time: kept in a register, it would push an accumulator out of its own.
         // SAFETY: a read of a constant.
-        let upper = unsafe { std::ptr::read_volatile(&raw const UPPER_HALVES).0 };
-        op!({
-            let upper = std::mem::transmute::<[i8; 32], __m256i>(upper);
-            _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(half), upper))
-        })
+        let upper = unsafe { std::ptr::read_volatile(&raw const UPPER_HALVES) };
+        op!(_mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(half), upper)))
     }
     #[inline(always)]
     unsafe fn load_f16(self, p: *const u8) -> __m256 {
