@@ -238,21 +238,19 @@ fn multiply_rows<S: Simd, E: Stored, const H: usize>(
     let mut sums = [[[0.0; LANES]; 2]; TILE_WIDTH / N];
     let sums = &mut sums[..chunk.n.div_ceil(N)];
     let (lanes, _) = task.spill[place.idx * TILE_WIDTH * R * LANES..].as_chunks_mut();
-    let mut from = Operands {
-        x: product.x_at(chunk.segment, task.rows.start + place.row).wrapping_add(chunk.start),
-        x_stride: product.segments.padded_len(),
-        w: widened.0.cast_const().cast(),
-        w_stride: stride * size_of::<f32>(),
-        len: stride,
-    };
+    let x = product.x_at(chunk.segment, task.rows.start + place.row).wrapping_add(chunk.start);
+    let x = (x, product.segments.padded_len());
     // SAFETY: packed rows and the tile are padded to whole steps. Outputs of the tile behind the chunk's are left over
     // from before, and nobody uses their sums. Stored weights are read only where the chunk is whole tiles of outputs,
     // which lie in their part as `source` asserted.
     unsafe {
         if place.is_widened {
+            let w_stride = stride * size_of::<f32>();
+            let from = (Operands::new(x, (widened.0.cast_const().cast(), w_stride), stride), w_stride);
             s.outlined(Strip::<StoredF32, H, N, false>::new(from, widened, lanes, (part, ahead), sums));
         } else {
-            (from.w, from.w_stride, from.len) = (place.source.w, place.source.stride, chunk.len);
+            let w_stride = place.source.stride;
+            let from = (Operands::new(x, (place.source.w, w_stride), chunk.len), w_stride);
             if task.rows.len > DIRECT_ROWS_MAX {
                 s.outlined(Strip::<E, H, N, true>::new(from, widened, lanes, (part, ahead), sums));
             } else {

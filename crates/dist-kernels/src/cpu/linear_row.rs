@@ -70,10 +70,10 @@ fn sum_outputs<S: Simd, E: Stored, const M: usize>(
     for idx in 0..segments.count {
         let (start, len) = segments.range(idx);
         let w = bytes.as_ptr().wrapping_add(start * E::BYTES);
-        let from = Operands { x: product.x_at(idx, 0), x_stride: 0, w, w_stride: stride, len };
+        let from = Operands::new((product.x_at(idx, 0), 0), (w, stride), len);
         let zero = [[s.zero(); M]; 1];
         // SAFETY: M outputs of k elements lie in `bytes`, and the packed row is padded to whole steps.
-        let acc = unsafe { dot::<S, E, 1, M, false>(s, from, zero, (std::ptr::null_mut(), 0), &mut ahead) };
+        let acc = unsafe { dot::<S, E, 1, M, false>(s, from, zero, [std::ptr::null_mut(); M], &mut ahead) };
         sum = waiting.push(s, segments, idx, sum_lanes(s, acc)[0]);
     }
     sum

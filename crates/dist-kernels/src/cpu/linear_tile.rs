@@ -12,19 +12,27 @@ const LINE_BYTES: usize = 64;
 /// Sums of at most sixteen pairs of row and output, row by row.
 pub(super) type Sums<V> = [V; 2];
 
-/// Where a tile reads: `R` rows of packed `x` and `N` outputs of weights.
+/// Where a tile reads: `R` rows of packed `x` and `N` outputs of weights. An address for each, not a first one and a
+/// distance: the inner loop then has one instruction for each load and none that computes where from.
 #[derive(Clone, Copy)]
-pub(super) struct Operands {
-    /// Row 0 of `x`.
-    pub(super) x: *const f32,
-    /// Elements from one row of `x` to the next.
-    pub(super) x_stride: usize,
-    /// Output 0 of the weights.
-    pub(super) w: *const u8,
-    /// Bytes from one output to the next.
-    pub(super) w_stride: usize,
+pub(super) struct Operands<const R: usize, const N: usize> {
+    x: [*const f32; R],
+    w: [*const u8; N],
     /// Inputs.
-    pub(super) len: usize,
+    len: usize,
+}
+
+impl<const R: usize, const N: usize> Operands<R, N> {
+    /// Row 0 of `x` and the elements from one row to the next, output 0 of the weights and the bytes from one output to
+    /// the next, inputs.
+    #[inline(always)]
+    pub(super) fn new(x: (*const f32, usize), w: (*const u8, usize), len: usize) -> Self {
+        Self {
+            x: std::array::from_fn(|r| x.0.wrapping_add(r * x.1)),
+            w: std::array::from_fn(|n| w.0.wrapping_add(n * w.1)),
+            len,
+        }
+    }
 }
 
 /// Weights that will be needed next, asked for line by line while others are multiplied.
@@ -74,8 +82,8 @@ impl Ahead {
     }
 }
 
-/// Adds the products of all inputs to the lanes. With `WIDEN` the weights are also written to `tile`, in `f32` and with
-/// `tile_stride` elements from one output to the next.
+/// Adds the products of all inputs to the lanes. With `WIDEN` the weights are also written to the `N` outputs of `tile`,
+/// in `f32`.
 ///
 /// # Safety
 /// `len` elements are readable from every output of `w`, and `len` rounded up to eight from every row of `x`; as many
@@ -83,32 +91,36 @@ impl Ahead {
 #[inline(always)]
 pub(super) unsafe fn dot<S: Simd, E: Stored, const R: usize, const N: usize, const WIDEN: bool>(
     s: S,
-    from: Operands,
+    mut from: Operands<R, N>,
     mut acc: [[S::V; N]; R],
-    tile: (*mut f32, usize),
+    mut tile: [*mut f32; N],
     ahead: &mut Ahead,
 ) -> [[S::V; N]; R] {
     let (steps, rest) = (from.len / LANES, from.len % LANES);
-    let groups = steps / UNROLL;
-    for group in 0..groups {
+    for _ in 0..steps / UNROLL {
         ahead.step(s);
-        for step in group * UNROLL..(group + 1) * UNROLL {
-            // SAFETY: `step` is below `len / 8`.
-            acc = unsafe { dot_step::<S, E, R, N, WIDEN, false>(s, from, step, acc, tile) };
+        for step in 0..UNROLL {
+            // SAFETY: four steps are left.
+            acc = unsafe { dot_step::<S, E, R, N, WIDEN, false>(s, &from, step, acc, tile) };
+        }
+        from.x = from.x.map(|x| x.wrapping_add(UNROLL * LANES));
+        from.w = from.w.map(|w| w.wrapping_add(UNROLL * LANES * E::BYTES));
+        if WIDEN {
+            tile = tile.map(|tile| tile.wrapping_add(UNROLL * LANES));
         }
     }
-    for step in groups * UNROLL..steps {
-        // SAFETY: `step` is below `len / 8`.
-        acc = unsafe { dot_step::<S, E, R, N, WIDEN, false>(s, from, step, acc, tile) };
+    for step in 0..steps % UNROLL {
+        // SAFETY: as many steps are left.
+        acc = unsafe { dot_step::<S, E, R, N, WIDEN, false>(s, &from, step, acc, tile) };
     }
     if rest > 0 {
         // SAFETY: `rest` elements are left of the weights, and a whole step of `x` and of the tile.
-        acc = unsafe { dot_step::<S, E, R, N, WIDEN, true>(s, from, steps, acc, tile) };
+        acc = unsafe { dot_step::<S, E, R, N, WIDEN, true>(s, &from, steps % UNROLL, acc, tile) };
     }
     acc
 }
 
-/// Adds step `step` to the lanes; the `LAST` one has `len % 8` inputs.
+/// Adds the step that is `step` steps on to the lanes; the `LAST` one has `len % 8` inputs.
 ///
 /// # Safety
 /// As [`dot`] for this step.
@@ -122,25 +134,25 @@ unsafe fn dot_step<
     const LAST: bool,
 >(
     s: S,
-    from: Operands,
+    from: &Operands<R, N>,
     step: usize,
     mut acc: [[S::V; N]; R],
-    (tile, tile_stride): (*mut f32, usize),
+    tile: [*mut f32; N],
 ) -> [[S::V; N]; R] {
     let mut w = [s.zero(); N];
     for (n, w) in w.iter_mut().enumerate() {
         // SAFETY: this step of output `n`, by the caller's promise.
         unsafe {
-            let p = from.w.add(n * from.w_stride + step * LANES * E::BYTES);
+            let p = from.w[n].add(step * LANES * E::BYTES);
             *w = if LAST { E::load_partial(s, p, from.len % LANES) } else { E::load(s, p) };
             if WIDEN {
-                s.store_ptr(*w, tile.add(n * tile_stride + step * LANES));
+                s.store_ptr(*w, tile[n].add(step * LANES));
             }
         }
     }
-    for (r, acc) in acc.iter_mut().enumerate() {
-        // SAFETY: this step of row `r`, by the caller's promise.
-        let x = unsafe { s.load_ptr(from.x.add(r * from.x_stride + step * LANES)) };
+    for (acc, x) in acc.iter_mut().zip(from.x) {
+        // SAFETY: this step of this row, by the caller's promise.
+        let x = unsafe { s.load_ptr(x.add(step * LANES)) };
         for (acc, &w) in acc.iter_mut().zip(&w) {
             *acc = s.fma(x, w, *acc);
         }
@@ -151,7 +163,9 @@ unsafe fn dot_step<
 /// A chunk of a segment for `R` rows and several times `N` outputs, run as a function of its own: its inner loop needs
 /// every register.
 pub(super) struct Strip<'a, E, const R: usize, const N: usize, const WIDEN: bool> {
-    from: Operands,
+    from: Operands<R, N>,
+    /// Bytes from one output to the next.
+    w_stride: usize,
     /// First element and elements from one output to the next.
     widened: (*mut f32, usize),
     /// `[outputs / N][R][N][8]`.
@@ -179,14 +193,14 @@ impl<'a, E, const R: usize, const N: usize, const WIDEN: bool> Strip<'a, E, R, N
     /// As [`dot`] for all these outputs, until the strip is run.
     #[inline(always)]
     pub(super) unsafe fn new(
-        from: Operands,
+        (from, w_stride): (Operands<R, N>, usize),
         widened: (*mut f32, usize),
         lanes: &'a mut [[f32; LANES]],
         (part, ahead): (Part, &'a mut Ahead),
         sums: &'a mut [[[f32; LANES]; 2]],
     ) -> Self {
         assert!(lanes.len() >= R * N * sums.len(), "lanes of a strip");
-        Self { from, widened, lanes, part, ahead, sums, stored: PhantomData }
+        Self { from, w_stride, widened, lanes, part, ahead, sums, stored: PhantomData }
     }
 }
 
@@ -196,7 +210,7 @@ impl<E: Stored, const R: usize, const N: usize, const WIDEN: bool> Kernel for St
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let mut from = self.from;
-        let mut widened = self.widened.0;
+        let mut tile = std::array::from_fn(|n| self.widened.0.wrapping_add(n * self.widened.1));
         let mut ahead = *self.ahead;
         for (lanes, sums) in self.lanes.chunks_exact_mut(R * N).zip(self.sums) {
             let mut acc = [[s.zero(); N]; R];
@@ -208,8 +222,7 @@ impl<E: Stored, const R: usize, const N: usize, const WIDEN: bool> Kernel for St
                 }
             }
             // SAFETY: these outputs, by the promise made to `new`.
-            let acc =
-                unsafe { dot::<S, E, R, N, WIDEN>(s, from, acc, (widened, self.widened.1), &mut ahead) };
+            let acc = unsafe { dot::<S, E, R, N, WIDEN>(s, from, acc, tile, &mut ahead) };
             if self.part.is_last {
                 let [low, high] = sum_lanes(s, acc);
                 *sums = [s.to_array(low), s.to_array(high)];
@@ -220,8 +233,8 @@ impl<E: Stored, const R: usize, const N: usize, const WIDEN: bool> Kernel for St
                     }
                 }
             }
-            from.w = from.w.wrapping_add(N * from.w_stride);
-            widened = widened.wrapping_add(N * self.widened.1);
+            from.w = from.w.map(|w| w.wrapping_add(N * self.w_stride));
+            tile = tile.map(|tile| tile.wrapping_add(N * self.widened.1));
         }
         *self.ahead = ahead;
     }
