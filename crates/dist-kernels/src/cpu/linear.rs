@@ -9,8 +9,8 @@ use dist_core::DType;
 use dist_core::shape::{align_up, div_ceil, split_even};
 
 use super::buf::CpuBuf;
-use super::linear_block::{BLOCK_ROWS_MAX, BLOCK_WIDTH, BlockTask, Rows, TILE_WIDTH};
-use super::linear_column::{ColumnTask, STRIP_MAX, STRIP_MIN};
+use super::linear_block::{self, BLOCK_ROWS_MAX, BLOCK_WIDTH, BlockTask, Rows, TILE_WIDTH};
+use super::linear_column::{self, ColumnTask, STRIP_MAX, STRIP_MIN};
 use super::linear_order::Segments;
 use super::linear_row::RowTask;
 use super::norm::Floats;
@@ -68,8 +68,14 @@ pub(super) struct Outputs<'a> {
     pub(super) n: usize,
 }
 
-/// Memory that one thread needs for a tile, taken once.
+/// Memory that one thread needs for a tile or a strip, taken once.
 pub(super) type ThreadScratch = Mutex<Vec<f32>>;
+
+/// Elements of a [`ThreadScratch`].
+pub(super) const SCRATCH_FLOATS: usize = {
+    let (block, column) = (linear_block::SCRATCH_FLOATS, linear_column::SCRATCH_FLOATS);
+    if block > column { block } else { column }
+};
 
 /// What `linear` runs on.
 #[derive(Clone, Copy)]
@@ -124,9 +130,10 @@ fn linear_stored<E: Stored>(runner: Runner<'_>, product: &Product<'_>) {
             });
         }
         Layout::Kn if rows == 1 => {
-            let width = width(weight.n, threads, STRIP_MIN).clamp(STRIP_MIN, STRIP_MAX);
-            run_tasks(runner.pool, weight, width, &|outputs, _| {
-                runner.kernels.run(ColumnTask::<E>::new(product, outputs));
+            let width = align_up(div_ceil(weight.n, threads), STRIP_MIN);
+            run_tasks(runner.pool, weight, width.clamp(STRIP_MIN, STRIP_MAX), &|outputs, thread| {
+                let mut scratch = runner.scratch[thread].lock().unwrap_or_else(PoisonError::into_inner);
+                runner.kernels.run(ColumnTask::<E>::new(product, outputs, &mut scratch));
             });
         }
         _ => linear_blocks::<E>(runner, product),

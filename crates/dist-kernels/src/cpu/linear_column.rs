@@ -3,28 +3,36 @@
 
 use std::marker::PhantomData;
 
+use dist_core::shape::align_up;
+
 use super::linear::{Outputs, Product};
 use super::linear_finish::finish_row;
 use super::linear_order::LEVELS;
 use super::simd::{Kernel, LANES, Simd, Stored};
 
-/// Outputs of one strip, at most: eight accumulators each, which stay in the first-level cache.
-pub(super) const STRIP_MAX: usize = 256;
+/// Outputs of one strip, at most: eight accumulators each, which stay in the second-level cache. As wide as can be,
+/// because the processor's own prefetcher follows a stored row only as long as it goes on.
+pub(super) const STRIP_MAX: usize = 4096;
+/// Elements of a thread's scratch memory: lanes and the sums that wait.
+pub(super) const SCRATCH_FLOATS: usize = (LANES + LEVELS) * STRIP_MAX;
 /// Outputs of one strip, at least: whole cache lines of two-byte weights.
 pub(super) const STRIP_MIN: usize = 64;
-/// Inputs that are asked for ahead of their use.
-const AHEAD: usize = 16;
+/// Inputs of one lane that are added together: an accumulator is then read and written once for so many of them.
+const CHAIN: usize = 4;
+/// Inputs of a round: so many of each lane.
+const ROUND: usize = CHAIN * LANES;
 
 /// A strip of outputs of one row.
 pub(super) struct ColumnTask<'a, E> {
     product: &'a Product<'a>,
     outputs: Outputs<'a>,
+    scratch: &'a mut [f32],
     stored: PhantomData<E>,
 }
 
 impl<'a, E> ColumnTask<'a, E> {
-    pub(super) fn new(product: &'a Product<'a>, outputs: Outputs<'a>) -> Self {
-        Self { product, outputs, stored: PhantomData }
+    pub(super) fn new(product: &'a Product<'a>, outputs: Outputs<'a>, scratch: &'a mut [f32]) -> Self {
+        Self { product, outputs, scratch, stored: PhantomData }
     }
 }
 
@@ -33,25 +41,34 @@ impl<E: Stored> Kernel for ColumnTask<'_, E> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        linear_columns::<S, E>(s, self.product, self.outputs);
+        linear_columns::<S, E>(s, self.product, self.outputs, self.scratch);
     }
 }
 
-/// Accumulators of one strip: a row for each lane.
-type Lanes = [[f32; STRIP_MAX]; LANES];
+/// `[lanes or levels][STRIP_MAX]`.
+type Rows = [[f32; STRIP_MAX]];
 
 // kernel
 #[inline(always)]
-fn linear_columns<S: Simd, E: Stored>(s: S, product: &Product<'_>, outputs: Outputs<'_>) {
+fn linear_columns<S: Simd, E: Stored>(
+    s: S,
+    product: &Product<'_>,
+    outputs: Outputs<'_>,
+    scratch: &mut [f32],
+) {
     let segments = product.segments;
-    let mut waiting = [[0.0; STRIP_MAX]; LEVELS];
+    let (rows, _) = scratch.as_chunks_mut::<STRIP_MAX>();
+    let (lanes, rows) = rows.split_at_mut(LANES);
+    let waiting = &mut rows[..LEVELS];
     let mut depth = 0;
     for idx in 0..segments.count {
-        let mut lanes = [[0.0; STRIP_MAX]; LANES];
-        add_segment::<S, E>(s, product, outputs, idx, &mut lanes);
+        for lane in lanes.iter_mut() {
+            lane[..align_up(outputs.n, LANES)].fill(0.0);
+        }
+        add_segment::<S, E>(s, product, outputs, idx, lanes);
         let merges = segments.merges(idx);
         for n in (0..outputs.n).step_by(LANES) {
-            let mut sum = add_lanes(s, &lanes, n);
+            let mut sum = add_lanes(s, lanes, n);
             for level in (depth - merges..depth).rev() {
                 sum = s.add(s.load(&waiting[level][n..]), sum);
             }
@@ -72,15 +89,24 @@ fn add_segment<S: Simd, E: Stored>(
     product: &Product<'_>,
     outputs: Outputs<'_>,
     idx: usize,
-    lanes: &mut Lanes,
+    lanes: &mut Rows,
 ) {
     let ((start, len), ld) = (product.segments.range(idx), outputs.part.ld * E::BYTES);
     let x = &product.x[idx * product.segments.padded_len()..];
     let bytes = outputs.part.data.bytes();
-    for j in 0..len {
+    let row = |j: usize| {
         let at = (start + j) * ld + outputs.start * E::BYTES;
-        let row = &bytes[at..at + outputs.n * E::BYTES];
-        add_input::<S, E>(s, x[j], row, AHEAD * ld, &mut lanes[j % LANES]);
+        &bytes[at..at + outputs.n * E::BYTES]
+    };
+    let whole = len / ROUND * ROUND;
+    for first in (0..whole).step_by(ROUND) {
+        for (j, lane) in (first..).zip(lanes.iter_mut()) {
+            let x: [f32; CHAIN] = std::array::from_fn(|i| x[j + i * LANES]);
+            add_inputs::<S, E, CHAIN>(s, x, std::array::from_fn(|i| row(j + i * LANES)), ROUND * ld, lane);
+        }
+    }
+    for j in whole..len {
+        add_inputs::<S, E, 1>(s, [x[j]], [row(j)], LANES * ld, &mut lanes[j % LANES]);
     }
     for lane in lanes.iter_mut().skip(len % LANES) {
         if len.is_multiple_of(LANES) {
@@ -93,35 +119,50 @@ fn add_segment<S: Simd, E: Stored>(
     }
 }
 
-/// `lane += x · row`.
+/// `lane += x · row` for `M` rows, one after the other; asks for the rows `ahead` bytes on.
 #[inline(always)]
-fn add_input<S: Simd, E: Stored>(s: S, x: f32, row: &[u8], ahead: usize, lane: &mut [f32; STRIP_MAX]) {
+fn add_inputs<S: Simd, E: Stored, const M: usize>(
+    s: S,
+    x: [f32; M],
+    rows: [&[u8]; M],
+    ahead: usize,
+    lane: &mut [f32; STRIP_MAX],
+) {
     const LINE: usize = 64;
-    let (x, n) = (s.splat(x), row.len() / E::BYTES);
+    let (x, n) = (x.map(|x| s.splat(x)), rows[0].len() / E::BYTES);
     let (whole, rest) = (n / LANES, n % LANES);
-    assert!(n <= STRIP_MAX, "a strip of {n} outputs");
-    let w = row.as_ptr();
-    for line in (0..row.len()).step_by(LINE) {
-        s.prefetch(w.wrapping_add(ahead + line));
+    assert!(n <= STRIP_MAX && rows.iter().all(|row| row.len() == n * E::BYTES), "a strip of {n} outputs");
+    for row in rows {
+        for line in (0..row.len()).step_by(LINE) {
+            s.prefetch(row.as_ptr().wrapping_add(ahead + line));
+        }
     }
     for step in 0..whole {
-        // SAFETY: eight more elements of the row, and of the lane, which is at least as long.
+        // SAFETY: eight more elements of the rows, and of the lane, which is at least as long.
         unsafe {
             let lane = lane.as_mut_ptr().add(step * LANES);
-            s.store_ptr(s.fma(x, E::load(s, w.add(step * LANES * E::BYTES)), s.load_ptr(lane)), lane);
+            let mut sum = s.load_ptr(lane);
+            for (&x, row) in x.iter().zip(rows) {
+                sum = s.fma(x, E::load(s, row.as_ptr().add(step * LANES * E::BYTES)), sum);
+            }
+            s.store_ptr(sum, lane);
         }
     }
     if rest > 0 {
         let lane = &mut lane[whole * LANES..];
-        // SAFETY: `rest` elements of the row are left.
-        let w = unsafe { E::load_partial(s, w.add(whole * LANES * E::BYTES), rest) };
-        s.store(s.fma(x, w, s.load(lane)), lane);
+        let mut sum = s.load(lane);
+        for (&x, row) in x.iter().zip(rows) {
+            // SAFETY: `rest` elements of the row are left.
+            let w = unsafe { E::load_partial(s, row.as_ptr().add(whole * LANES * E::BYTES), rest) };
+            sum = s.fma(x, w, sum);
+        }
+        s.store(sum, lane);
     }
 }
 
 /// The sum over the lanes of outputs `n .. n + 8`, in the order of [`Simd::sum`].
 #[inline(always)]
-fn add_lanes<S: Simd>(s: S, lanes: &Lanes, n: usize) -> S::V {
+fn add_lanes<S: Simd>(s: S, lanes: &Rows, n: usize) -> S::V {
     s.add(
         s.add(add_pair(s, lanes, [0, 4], n), add_pair(s, lanes, [2, 6], n)),
         s.add(add_pair(s, lanes, [1, 5], n), add_pair(s, lanes, [3, 7], n)),
@@ -129,6 +170,6 @@ fn add_lanes<S: Simd>(s: S, lanes: &Lanes, n: usize) -> S::V {
 }
 
 #[inline(always)]
-fn add_pair<S: Simd>(s: S, lanes: &Lanes, [a, b]: [usize; 2], n: usize) -> S::V {
+fn add_pair<S: Simd>(s: S, lanes: &Rows, [a, b]: [usize; 2], n: usize) -> S::V {
     s.add(s.load(&lanes[a][n..]), s.load(&lanes[b][n..]))
 }
