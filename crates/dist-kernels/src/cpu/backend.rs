@@ -10,7 +10,9 @@ use super::attention::{AttentionScratch, attention};
 use super::buf::CpuBuf;
 use super::embed::embed;
 use super::gather::gather_rows;
-use super::linear::{Finish, Product, Runner, SCRATCH_FLOATS, ThreadScratch, linear, pack, packed_len};
+use super::linear::{
+    Finish, Product, Runner, SCRATCH_FLOATS, ThreadScratch, linear, pack, packed_len, sums_len,
+};
 use super::linear_finish::append_kv;
 use super::linear_order::Segments;
 use super::norm::{Floats, add_bias, add_bias_norm, norm_rows};
@@ -97,9 +99,9 @@ impl CpuBackend {
     fn multiply(&mut self, job: Multiply<'_>) -> Result<()> {
         let Multiply { out, x, weight, rows, k_segments, finish } = job;
         let segments = Segments { k: weight.k, count: k_segments };
-        let len = packed_len(rows, segments);
-        grow(&mut self.packed, "packed rows", len)?;
-        let packed = &mut self.packed.f32s_mut()[..len];
+        let (len, sums) = (packed_len(rows, segments), sums_len(weight, rows, segments));
+        grow(&mut self.packed, "packed rows", len + sums)?;
+        let (packed, sums) = self.packed.f32s_mut()[..len + sums].split_at_mut(len);
         let x = match x {
             Input::Given(x) => x,
             Input::Normed => self.normed.f32s(),
@@ -107,7 +109,10 @@ impl CpuBackend {
         pack(&self.pool, &x[..rows * weight.k], rows, segments, packed);
         let out = Disjoint::new(&mut out[..rows * weight.n]);
         let runner = Runner { kernels: self.kernels, pool: &self.pool, scratch: &self.tiles };
-        linear(runner, &Product { x: packed, out, weight, rows, segments, finish });
+        linear(
+            runner,
+            &Product { x: packed, out, sums: Disjoint::new(sums), weight, rows, segments, finish },
+        );
         Ok(())
     }
 

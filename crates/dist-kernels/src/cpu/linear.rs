@@ -10,7 +10,7 @@ use dist_core::shape::{align_up, div_ceil, split_even};
 
 use super::buf::CpuBuf;
 use super::linear_block::{self, BLOCK_ROWS_MAX, BLOCK_WIDTH, BlockTask, Rows, TILE_WIDTH};
-use super::linear_column::{self, ColumnTask, STRIP_MAX, STRIP_MIN};
+use super::linear_column::{self, ColumnTask, STRIP_MAX, STRIP_MIN, SUM_WIDTH, SumTask};
 use super::linear_order::Segments;
 use super::linear_row::RowTask;
 use super::norm::Floats;
@@ -42,6 +42,8 @@ pub(super) struct Product<'a> {
     pub(super) x: &'a [f32],
     /// `[rows, n]`; each task writes its own rows and columns.
     pub(super) out: Disjoint<'a, f32>,
+    /// Sums of the segments, `[segment][n]`, for the kernel that needs them.
+    pub(super) sums: Disjoint<'a, f32>,
     pub(super) weight: &'a Weight<CpuBuf>,
     pub(super) rows: usize,
     pub(super) segments: Segments,
@@ -91,6 +93,11 @@ pub(super) fn packed_len(rows: usize, segments: Segments) -> usize {
     rows * segments.count * segments.padded_len()
 }
 
+/// Elements of [`Product::sums`].
+pub(super) fn sums_len(weight: &Weight<CpuBuf>, rows: usize, segments: Segments) -> usize {
+    if weight.layout == Layout::Kn && rows == 1 { linear_column::sums_len(weight.n, segments) } else { 0 }
+}
+
 /// Packs `x`, `[rows, k]`, into `[segment][row][padded_len]`.
 pub(super) fn pack(pool: &Pool, x: &[f32], rows: usize, segments: Segments, packed: &mut [f32]) {
     let (k, stride) = (segments.k, segments.padded_len());
@@ -130,10 +137,16 @@ fn linear_stored<E: Stored>(runner: Runner<'_>, product: &Product<'_>) {
             });
         }
         Layout::Kn if rows == 1 => {
-            let width = align_up(div_ceil(weight.n, threads), STRIP_MIN);
-            run_tasks(runner.pool, weight, width.clamp(STRIP_MIN, STRIP_MAX), &|outputs, thread| {
+            let width = align_up(div_ceil(weight.n * product.segments.count, 2 * threads), STRIP_MIN);
+            let width = width.clamp(STRIP_MIN, STRIP_MAX);
+            let strips = n_tasks(weight, width);
+            runner.pool.run_with_thread(strips * product.segments.count, &|idx, thread| {
+                let (segment, outputs) = (idx / strips, outputs(weight, width, idx % strips));
                 let mut scratch = runner.scratch[thread].lock().unwrap_or_else(PoisonError::into_inner);
-                runner.kernels.run(ColumnTask::<E>::new(product, outputs, &mut scratch));
+                runner.kernels.run(ColumnTask::<E>::new(product, outputs, segment, &mut scratch));
+            });
+            run_tasks(runner.pool, weight, SUM_WIDTH, &|outputs, _| {
+                runner.kernels.run(SumTask::new(product, outputs));
             });
         }
         _ => linear_blocks::<E>(runner, product),

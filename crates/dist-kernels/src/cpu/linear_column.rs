@@ -1,5 +1,8 @@
 //! `linear` for one row over `[k, n]`: vectors run along the outputs, with an accumulator for each lane of the
 //! canonical order. Bound by reading the weights.
+//!
+//! A task is one segment of some outputs, so that a thread reads whole stored rows one behind the other, as they lie in
+//! memory; the sums of the segments are added afterwards.
 
 use std::marker::PhantomData;
 
@@ -7,32 +10,45 @@ use dist_core::shape::align_up;
 
 use super::linear::{Outputs, Product};
 use super::linear_finish::finish_row;
-use super::linear_order::LEVELS;
+use super::linear_order::Segments;
+use super::linear_tile::Waiting;
 use super::simd::{Kernel, LANES, Simd, Stored};
 
-/// Outputs of one strip, at most: eight accumulators each, which stay in the second-level cache. As wide as can be,
-/// because the processor's own prefetcher follows a stored row only as long as it goes on.
+/// Outputs of one strip, at most: eight accumulators each, which stay in the second-level cache.
 pub(super) const STRIP_MAX: usize = 4096;
-/// Elements of a thread's scratch memory: lanes and the sums that wait.
-pub(super) const SCRATCH_FLOATS: usize = (LANES + LEVELS) * STRIP_MAX;
 /// Outputs of one strip, at least: whole cache lines of two-byte weights.
 pub(super) const STRIP_MIN: usize = 64;
-/// Inputs of one lane that are added together: an accumulator is then read and written once for so many of them.
-const CHAIN: usize = 4;
-/// Inputs of a round: so many of each lane.
-const ROUND: usize = CHAIN * LANES;
+/// Outputs whose segments are added by one task.
+pub(super) const SUM_WIDTH: usize = 1024;
+/// Elements of a thread's scratch memory: the lanes.
+pub(super) const SCRATCH_FLOATS: usize = LANES * STRIP_MAX;
+/// Inputs of one lane that are added together, while there are as many: an accumulator is then read and written once for
+/// all of them.
+const LONG: usize = 8;
+const SHORT: usize = 2;
 
-/// A strip of outputs of one row.
+/// Elements that the sums of all segments need.
+pub(super) const fn sums_len(n: usize, segments: Segments) -> usize {
+    n * segments.count
+}
+
+/// One segment of a strip of outputs of one row.
 pub(super) struct ColumnTask<'a, E> {
     product: &'a Product<'a>,
     outputs: Outputs<'a>,
+    segment: usize,
     scratch: &'a mut [f32],
     stored: PhantomData<E>,
 }
 
 impl<'a, E> ColumnTask<'a, E> {
-    pub(super) fn new(product: &'a Product<'a>, outputs: Outputs<'a>, scratch: &'a mut [f32]) -> Self {
-        Self { product, outputs, scratch, stored: PhantomData }
+    pub(super) fn new(
+        product: &'a Product<'a>,
+        outputs: Outputs<'a>,
+        segment: usize,
+        scratch: &'a mut [f32],
+    ) -> Self {
+        Self { product, outputs, segment, scratch, stored: PhantomData }
     }
 }
 
@@ -41,11 +57,11 @@ impl<E: Stored> Kernel for ColumnTask<'_, E> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        linear_columns::<S, E>(s, self.product, self.outputs, self.scratch);
+        linear_columns::<S, E>(s, self.product, self.outputs, self.segment, self.scratch);
     }
 }
 
-/// `[lanes or levels][STRIP_MAX]`.
+/// `[lane][STRIP_MAX]`.
 type Rows = [[f32; STRIP_MAX]];
 
 // kernel
@@ -54,32 +70,59 @@ fn linear_columns<S: Simd, E: Stored>(
     s: S,
     product: &Product<'_>,
     outputs: Outputs<'_>,
+    segment: usize,
     scratch: &mut [f32],
 ) {
-    let segments = product.segments;
     let (rows, _) = scratch.as_chunks_mut::<STRIP_MAX>();
-    let (lanes, rows) = rows.split_at_mut(LANES);
-    let waiting = &mut rows[..LEVELS];
-    let mut depth = 0;
-    for idx in 0..segments.count {
-        for lane in lanes.iter_mut() {
-            lane[..align_up(outputs.n, LANES)].fill(0.0);
-        }
-        add_segment::<S, E>(s, product, outputs, idx, lanes);
-        let merges = segments.merges(idx);
-        for n in (0..outputs.n).step_by(LANES) {
-            let mut sum = add_lanes(s, lanes, n);
-            for level in (depth - merges..depth).rev() {
-                sum = s.add(s.load(&waiting[level][n..]), sum);
-            }
-            s.store(sum, &mut waiting[depth - merges][n..]);
-        }
-        depth = depth - merges + 1;
+    let lanes = &mut rows[..LANES];
+    for lane in lanes.iter_mut() {
+        lane[..align_up(outputs.n, LANES)].fill(0.0);
     }
-    // SAFETY: these columns of the only row belong to this task alone.
-    let out = unsafe { product.out.piece(outputs.column, outputs.n) };
-    out.copy_from_slice(&waiting[0][..outputs.n]);
-    finish_row(s, product, outputs, out);
+    add_segment::<S, E>(s, product, outputs, segment, lanes);
+    // SAFETY: these columns of this segment belong to this task alone.
+    let sums = unsafe { product.sums.piece(segment * product.weight.n + outputs.column, outputs.n) };
+    let (whole, rest) = sums.as_chunks_mut::<LANES>();
+    for (i, sums) in whole.iter_mut().enumerate() {
+        *sums = s.to_array(add_lanes(s, lanes, i * LANES));
+    }
+    if !rest.is_empty() {
+        s.store_partial(add_lanes(s, lanes, whole.len() * LANES), rest);
+    }
+}
+
+/// Adds the sums of the segments of some outputs.
+pub(super) struct SumTask<'a> {
+    product: &'a Product<'a>,
+    outputs: Outputs<'a>,
+}
+
+impl<'a> SumTask<'a> {
+    pub(super) fn new(product: &'a Product<'a>, outputs: Outputs<'a>) -> Self {
+        Self { product, outputs }
+    }
+}
+
+impl Kernel for SumTask<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { product, outputs } = self;
+        // SAFETY: these columns of the only row belong to this task alone.
+        let out = unsafe { product.out.piece(outputs.column, outputs.n) };
+        for n in (0..outputs.n).step_by(LANES) {
+            let width = LANES.min(outputs.n - n);
+            let (mut waiting, mut sum) = (Waiting::new(s), s.zero());
+            for idx in 0..product.segments.count {
+                let at = idx * product.weight.n + outputs.column + n;
+                // SAFETY: as above, and those who wrote the sums are done.
+                let sums = unsafe { product.sums.piece(at, width) };
+                sum = waiting.push(s, product.segments, idx, s.load_partial(sums));
+            }
+            s.store_partial(sum, &mut out[n..n + width]);
+        }
+        finish_row(s, product, outputs, out);
+    }
 }
 
 /// Adds one segment to the lanes.
@@ -98,15 +141,21 @@ fn add_segment<S: Simd, E: Stored>(
         let at = (start + j) * ld + outputs.start * E::BYTES;
         &bytes[at..at + outputs.n * E::BYTES]
     };
-    let whole = len / ROUND * ROUND;
-    for first in (0..whole).step_by(ROUND) {
-        for (j, lane) in (first..).zip(lanes.iter_mut()) {
-            let x: [f32; CHAIN] = std::array::from_fn(|i| x[j + i * LANES]);
-            add_inputs::<S, E, CHAIN>(s, x, std::array::from_fn(|i| row(j + i * LANES)), ROUND * ld, lane);
+    let mut whole = 0;
+    while len - whole >= LONG * LANES {
+        for (j, lane) in (whole..).zip(lanes.iter_mut()) {
+            add_inputs::<S, E, LONG>(s, &x[j..], std::array::from_fn(|i| row(j + i * LANES)), lane);
         }
+        whole += LONG * LANES;
+    }
+    while len - whole >= SHORT * LANES {
+        for (j, lane) in (whole..).zip(lanes.iter_mut()) {
+            add_inputs::<S, E, SHORT>(s, &x[j..], std::array::from_fn(|i| row(j + i * LANES)), lane);
+        }
+        whole += SHORT * LANES;
     }
     for j in whole..len {
-        add_inputs::<S, E, 1>(s, [x[j]], [row(j)], LANES * ld, &mut lanes[j % LANES]);
+        add_inputs::<S, E, 1>(s, &x[j..], [row(j)], &mut lanes[j % LANES]);
     }
     for lane in lanes.iter_mut().skip(len % LANES) {
         if len.is_multiple_of(LANES) {
@@ -119,24 +168,18 @@ fn add_segment<S: Simd, E: Stored>(
     }
 }
 
-/// `lane += x · row` for `M` rows, one after the other; asks for the rows `ahead` bytes on.
+/// `lane += x · row` for `M` rows, one after the other; `x` is that of the first row, and every eighth of the others.
 #[inline(always)]
 fn add_inputs<S: Simd, E: Stored, const M: usize>(
     s: S,
-    x: [f32; M],
+    x: &[f32],
     rows: [&[u8]; M],
-    ahead: usize,
     lane: &mut [f32; STRIP_MAX],
 ) {
-    const LINE: usize = 64;
-    let (x, n) = (x.map(|x| s.splat(x)), rows[0].len() / E::BYTES);
+    let x: [S::V; M] = std::array::from_fn(|i| s.splat(x[i * LANES]));
+    let n = rows[0].len() / E::BYTES;
     let (whole, rest) = (n / LANES, n % LANES);
     assert!(n <= STRIP_MAX && rows.iter().all(|row| row.len() == n * E::BYTES), "a strip of {n} outputs");
-    for row in rows {
-        for line in (0..row.len()).step_by(LINE) {
-            s.prefetch(row.as_ptr().wrapping_add(ahead + line));
-        }
-    }
     for step in 0..whole {
         // SAFETY: eight more elements of the rows, and of the lane, which is at least as long.
         unsafe {
