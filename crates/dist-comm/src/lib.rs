@@ -39,6 +39,7 @@ mod control;
 mod deadline;
 mod error;
 mod local;
+pub mod probe;
 pub mod rendezvous;
 mod rendezvous_io;
 #[cfg(target_os = "linux")]

@@ -135,7 +135,7 @@ fn try_join(at: SocketAddr, request: &JoinRequest, deadline: &Deadline) -> Resul
         bound = Some(listener);
         Ok(presentation)
     };
-    let (mut stream, mut decoder) = match dial(at, &request.secret, claims, deadline) {
+    let (mut stream, mut decoder) = match dial(at, &request.secret, claims, deadline, || false) {
         Ok(line) => line,
         Err(DialError::Refused(refusal)) => {
             return Err(Attempt::Final(RendezvousError::Refused { rank: request.rank, refusal }));

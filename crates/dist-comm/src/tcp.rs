@@ -92,6 +92,11 @@ impl Tcp {
         self.links.iter().flatten().all(|link| link.fd().is_none())
     }
 
+    /// Whether the way to one member is shared memory.
+    pub(crate) fn shares_memory_with(&self, rank: Rank) -> bool {
+        self.links.get(rank.0).and_then(Option::as_ref).is_some_and(|link| link.fd().is_none())
+    }
+
     pub(crate) fn rank(&self) -> Rank {
         Rank(self.me)
     }

@@ -7,7 +7,7 @@ mod share;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dist_core::Rank;
 
@@ -17,9 +17,13 @@ use crate::control::watch::Watch;
 use crate::rendezvous::{Member, RendezvousError};
 use crate::rendezvous_io::{JoinRequest, Joined, host, join, local_error};
 use crate::tcp::Tcp;
+use crate::tcp::link::Link;
 #[cfg(not(target_os = "linux"))]
-use crate::tcp::link::{Link, TcpLink};
+use crate::tcp::link::TcpLink;
 use mesh::Mesh;
+
+/// How long the word why a rank went may still be on its way.
+const GRACE: Duration = Duration::from_millis(100);
 
 /// What a communicator is like; the same on all its ranks.
 #[derive(Clone, Copy, Debug)]
@@ -75,7 +79,7 @@ impl World {
         let secret: Secret = request.secret.clone();
         let mut mesh = Mesh::new(request.rank, members.clone(), session, secret, listener)?;
         let all: Vec<_> = (0..members.len()).map(Rank).collect();
-        let peers = mesh.connect("watch", &all, request.deadline)?;
+        let peers = mesh.connect("watch", &all, request.deadline, None)?;
         let watch = Watch::start(request.rank, members.len(), peers)
             .map_err(|error| local_error("watchdog", &error))?;
         let watch = Arc::new(watch);
@@ -107,7 +111,7 @@ impl World {
     }
 
     /// Makes a communicator of `members`, all of which call this with the same arguments; `name` tells it from the
-    /// others that a rank is in. `None` if this rank is not a member.
+    /// others that a rank is in. `None` if this rank is not a member. A rank that is lost meanwhile ends it at once.
     pub fn connect(
         &mut self,
         name: &str,
@@ -115,25 +119,63 @@ impl World {
         options: GroupOptions,
     ) -> Result<Option<Tcp>, RendezvousError> {
         let Some(me) = members.iter().position(|&rank| rank == self.rank) else { return Ok(None) };
-        let streams = self.mesh.connect(name, members, self.deadline)?;
-        #[cfg(target_os = "linux")]
-        let mut shared = share::share(&self.members, self.rank, streams, options, self.deadline)?;
-        #[cfg(not(target_os = "linux"))]
-        let mut shared = {
-            let links = streams.into_iter().map(|(rank, stream, decoder)| {
-                Ok((
-                    rank,
-                    Link::Tcp(TcpLink::new(stream, decoder).map_err(|error| local_error("link", &error))?),
-                ))
-            });
-            links.collect::<Result<Vec<_>, RendezvousError>>()?
-        };
+        let mut links = self.links(name, members, options).map_err(|error| self.blame(name, error))?;
         let link_to = |&rank: &Rank| {
-            let at = shared.iter().position(|&(peer, _)| peer == rank)?;
-            Some(shared.swap_remove(at).1)
+            let at = links.iter().position(|&(peer, _)| peer == rank)?;
+            Some(links.swap_remove(at).1)
         };
         let links = members.iter().map(link_to).collect();
         let watch = Arc::clone(&self.watch);
         Ok(Some(Tcp::new(name.to_owned(), (members.to_vec(), me), links, watch, options.deadline)))
+    }
+
+    #[cfg(target_os = "linux")]
+    fn links(
+        &mut self,
+        name: &str,
+        members: &[Rank],
+        options: GroupOptions,
+    ) -> Result<Vec<(Rank, Link)>, RendezvousError> {
+        let lines = self.mesh.connect(name, members, self.deadline, Some(self.watch.board()))?;
+        share::share(&self.members, self.rank, lines, options, self.deadline)
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn links(
+        &mut self,
+        name: &str,
+        members: &[Rank],
+        _options: GroupOptions,
+    ) -> Result<Vec<(Rank, Link)>, RendezvousError> {
+        let lines = self.mesh.connect(name, members, self.deadline, Some(self.watch.board()))?;
+        let links = lines.into_iter().map(|(rank, stream, decoder)| {
+            let link = TcpLink::new(stream, decoder).map_err(|error| local_error("link", &error))?;
+            Ok((rank, Link::Tcp(link)))
+        });
+        links.collect()
+    }
+
+    /// Finds who is to blame for a failed connection, and tells the others.
+    fn blame(&self, channel: &str, error: RendezvousError) -> RendezvousError {
+        let since = Instant::now();
+        // A connection that closes is seen before the word why, and perhaps by another rank.
+        let loss = loop {
+            let loss = self.watch.board().loss(None);
+            if loss.is_some() || since.elapsed() >= GRACE {
+                break loss;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        if let Some((rank, why)) = loss {
+            self.watch.tell_lost(rank);
+            return RendezvousError::RankLost { rank, channel: channel.to_owned(), why };
+        }
+        match &error {
+            RendezvousError::RankLost { rank, .. } | RendezvousError::Mesh { peer: rank, .. } => {
+                self.watch.tell_lost(*rank);
+            }
+            other => self.watch.tell_failed(&other.to_string()),
+        }
+        error
     }
 }

@@ -7,6 +7,7 @@ use dist_core::Rank;
 use serde::{Deserialize, Serialize};
 
 use super::{ConnId, Member, Presentation};
+use crate::error::Departure;
 
 /// Why a rank that knows the secret is not taken. It is sent to that rank, and rank 0 reports it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
@@ -125,6 +126,16 @@ pub enum RendezvousError {
         waited: Duration,
         /// What happened.
         cause: String,
+    },
+    /// A rank is gone after all had met.
+    #[error("{rank} is lost before the ranks could connect ({channel}): {why}")]
+    RankLost {
+        /// Which one.
+        rank: Rank,
+        /// What the connection was for.
+        channel: String,
+        /// How it went.
+        why: Departure,
     },
     /// Something on this machine.
     #[error("{what}: {cause}")]

@@ -13,6 +13,9 @@ use crate::deadline::Deadline;
 use crate::rendezvous::Refusal;
 use crate::rendezvous::handshake::{Dialer, DialerStep};
 
+/// Longest silence before it is asked whether waiting is in vain.
+const SILENCE: Duration = Duration::from_millis(50);
+
 /// Why there is no connection.
 #[derive(Debug)]
 pub(crate) enum DialError {
@@ -24,12 +27,14 @@ pub(crate) enum DialError {
     Failed(String),
 }
 
-/// Dials `addr` and claims what `claims` says of the open connection.
+/// Dials `addr` and claims what `claims` says of the open connection. `is_in_vain` is asked while the other end is
+/// silent.
 pub(crate) fn dial<C: Serialize>(
     addr: SocketAddr,
     secret: &Secret,
     claims: impl FnOnce(&TcpStream) -> io::Result<C>,
     deadline: &Deadline,
+    is_in_vain: impl Fn() -> bool,
 ) -> Result<(TcpStream, FrameDecoder), DialError> {
     let failed = |cause: io::Error| DialError::Failed(cause.to_string());
     let limit = deadline.left().min(HANDSHAKE_DEADLINE).max(Duration::from_millis(1));
@@ -41,7 +46,14 @@ pub(crate) fn dial<C: Serialize>(
     let handshake = Deadline::after(limit);
     let mut bytes = [0; 4096];
     loop {
-        let n = read_within(&mut stream, &mut bytes, &handshake).map_err(failed)?;
+        let n = match read_within(&mut stream, &mut bytes, &Deadline::after(handshake.left().min(SILENCE))) {
+            Err(error)
+                if error.kind() == io::ErrorKind::TimedOut && !handshake.is_over() && !is_in_vain() =>
+            {
+                continue;
+            }
+            read => read.map_err(failed)?,
+        };
         match dialer.on_bytes(secret, &bytes[..n]) {
             Ok(DialerStep::Wait) => {}
             Ok(DialerStep::Send(answer)) => write_within(&mut stream, &answer, &handshake).map_err(failed)?,

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::auth::{Nonce, Secret};
 use crate::codec::FrameDecoder;
+use crate::control::board::Board;
 use crate::deadline::Deadline;
 use crate::rendezvous::handshake::{Acceptor, HandshakeError};
 use crate::rendezvous::{Member, Refusal, RendezvousError};
@@ -71,17 +72,19 @@ impl Mesh {
         Ok(Self { me, members, session, secret, listener, strangers: Vec::new(), early: Vec::new() })
     }
 
-    /// A connection to each other one of `ranks`, which all call this with the same channel.
+    /// A connection to each other one of `ranks`, which all call this with the same channel. `board` tells of ranks that
+    /// are gone meanwhile.
     pub(super) fn connect(
         &mut self,
         channel: &str,
         ranks: &[Rank],
         limit: Duration,
+        board: Option<&Board>,
     ) -> Result<Vec<Line>, RendezvousError> {
         let deadline = Deadline::after(limit);
         let mut lines = Vec::new();
         for &peer in ranks.iter().filter(|&&rank| rank < self.me) {
-            lines.push(self.dial(peer, channel, &deadline)?);
+            lines.push(self.dial(peer, channel, &deadline, board)?);
         }
         let mut awaited: Vec<_> = ranks.iter().copied().filter(|&rank| rank > self.me).collect();
         while !awaited.is_empty() {
@@ -89,6 +92,9 @@ impl Mesh {
                 let (claim, stream, decoder) = self.early.swap_remove(at);
                 awaited.retain(|&rank| rank != claim.from);
                 lines.push((claim.from, stream, decoder));
+            }
+            for &peer in &awaited {
+                check_loss(board, peer, channel)?;
             }
             if let Some(&peer) = awaited.first() {
                 if deadline.is_over() {
@@ -106,14 +112,21 @@ impl Mesh {
         RendezvousError::Mesh { rank: self.me, peer, channel, waited, cause: cause.to_owned() }
     }
 
-    fn dial(&self, peer: Rank, channel: &str, deadline: &Deadline) -> Result<Line, RendezvousError> {
+    fn dial(
+        &self,
+        peer: Rank,
+        channel: &str,
+        deadline: &Deadline,
+        board: Option<&Board>,
+    ) -> Result<Line, RendezvousError> {
         let addr = match self.members.get(peer.0) {
             Some(member) => member.addr,
             None => return Err(self.failed(peer, channel, deadline, "there is no such rank")),
         };
         let claim = Claim { session: self.session, from: self.me, to: peer, channel: channel.to_owned() };
         loop {
-            let cause = match dial(addr, &self.secret, |_| Ok(claim.clone()), deadline) {
+            let is_in_vain = || check_loss(board, peer, channel).is_err();
+            let cause = match dial(addr, &self.secret, |_| Ok(claim.clone()), deadline, is_in_vain) {
                 Ok((stream, decoder)) => return Ok((peer, stream, decoder)),
                 Err(DialError::Refused(refusal)) => {
                     return Err(self.failed(peer, channel, deadline, &refusal.to_string()));
@@ -121,6 +134,7 @@ impl Mesh {
                 Err(DialError::Foreign(cause)) => return Err(self.failed(peer, channel, deadline, &cause)),
                 Err(DialError::Failed(cause)) => cause,
             };
+            check_loss(board, peer, channel)?;
             if deadline.is_over() {
                 return Err(self.failed(peer, channel, deadline, &format!("{addr}: {cause}")));
             }
@@ -194,6 +208,14 @@ impl Mesh {
             self.early.push((claim, stranger.stream, stranger.acceptor.into_decoder()));
         }
     }
+}
+
+/// An error if somebody is gone whose loss makes a connection to `peer` useless.
+fn check_loss(board: Option<&Board>, peer: Rank, channel: &str) -> Result<(), RendezvousError> {
+    let loss = board.filter(|board| board.is_alarmed()).and_then(|board| board.loss(Some(peer)));
+    loss.map_or(Ok(()), |(rank, why)| {
+        Err(RendezvousError::RankLost { rank, channel: channel.to_owned(), why })
+    })
 }
 
 /// Sends the challenge.
