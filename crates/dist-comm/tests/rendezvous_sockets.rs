@@ -45,6 +45,13 @@ fn strangers_stop_nobody() {
     std::thread::scope(|scope| {
         let ranks: Vec<_> = (0..3)
             .map(|rank| {
+                if rank == 1 {
+                    // One who has another secret says that it is rank 1, before the true one comes.
+                    let secret = Secret::new(&[1; 32]).unwrap();
+                    let liar = dist_comm::JoinRequest { secret, ..request(1, 3, SharedMemory::Use) };
+                    let error = World::join(&[addr], &liar).unwrap_err();
+                    assert!(error.to_string().contains("different secrets"), "{error}");
+                }
                 let listener = &listener;
                 scope.spawn(move || {
                     let request = request(rank, 3, SharedMemory::Use);

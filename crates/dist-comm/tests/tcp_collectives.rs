@@ -63,6 +63,45 @@ fn sums_have_the_bits_of_local_ranks_whatever_the_way() {
     }
 }
 
+/// Many more pieces than a ring has slots, of lengths that no piece divides; and the same again.
+#[test]
+fn large_sums_have_the_bits_of_local_ranks_in_every_run() {
+    for n in [2, 3] {
+        let sums = |comm: &mut Comm| -> Result<_, CommError> {
+            let mut bytes = partial_sums(comm.rank().0, (1 << 20) + 7);
+            comm.all_reduce_sum(host(&mut bytes, DType::F32), NAME)?;
+            Ok(bytes)
+        };
+        let expected = on_local(n, sums);
+        for way in [SharedMemory::Use, SharedMemory::Use, SharedMemory::Avoid] {
+            // Not `assert_eq!`, which would print all of them.
+            assert!(on_ranks(n, way, sums) == expected, "{n} ranks, {way:?}");
+        }
+    }
+}
+
+#[test]
+fn whole_numbers_pass_as_they_are_and_are_not_added() {
+    let word = |rank: usize, i: usize| u32::MAX - (rank * 1000 + i) as u32;
+    for way in WAYS {
+        let all = on_ranks(3, way, |comm| -> Result<_, CommError> {
+            let me = comm.rank().0;
+            let mut src: Vec<u8> = (0..101).flat_map(|i| word(me, i).to_le_bytes()).collect();
+            let mut dst = vec![0; 3 * src.len()];
+            comm.all_gather(host(&mut src, DType::U32), host(&mut dst, DType::U32), NAME)?;
+            let error = comm.all_reduce_sum(host(&mut src, DType::U32), NAME).unwrap_err();
+            Ok((dst, error.to_string()))
+        });
+        let expected: Vec<u8> =
+            (0..3).flat_map(|rank| (0..101).flat_map(move |i| word(rank, i).to_le_bytes())).collect();
+        for rank in all {
+            let (gathered, error) = rank.unwrap();
+            assert!(gathered == expected, "{way:?}");
+            assert!(error.contains("plan f32 as the wire type"), "{error}");
+        }
+    }
+}
+
 #[test]
 fn the_algorithm_changes_no_bit() {
     let reduce = |threshold: usize| {

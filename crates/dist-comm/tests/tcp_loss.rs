@@ -12,7 +12,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use dist_comm::{CallName, Comm, CommError, ControlError, Departure, SharedMemory, Wait, World};
+use dist_comm::{
+    CallName, Comm, CommError, ControlError, Departure, GroupOptions, SharedMemory, Wait, World,
+};
 use dist_core::{DType, Rank};
 use ring::{PLENTY, all, host, on_worlds, request};
 use rustix::process::{Pid, Signal, kill_process};
@@ -134,6 +136,95 @@ fn ranks_that_have_come_apart_say_so() {
         };
         assert!(errors.iter().all(is_apart), "{errors:?}");
     }
+}
+
+/// What one rank does in the place of an all-reduce.
+type OtherCall = fn(&mut Comm) -> Result<(), CommError>;
+
+/// A rank in another operation or with another size, said with both sides' calls by one of the two at least.
+#[test]
+fn another_operation_or_size_names_both_calls() {
+    let others: [(OtherCall, &str); 2] = [
+        (|comm| comm.barrier(name(0)), "barrier #1 ("),
+        (|comm| comm.all_reduce_sum(host(&mut [0; 64], DType::F32), name(0)), "with 64 bytes of f32"),
+    ];
+    for way in WAYS {
+        for (other, theirs) in others {
+            let errors = on_worlds(2, way, |mut world| {
+                let mut comm = all(&mut world, PLENTY);
+                let call = if world.rank() == Rank(1) { other } else { |comm: &mut Comm| reduce(comm, 0) };
+                call(&mut comm).unwrap_err().to_string()
+            });
+            let is_whole = |error: &String| {
+                error.contains("ranks have come apart: ")
+                    && error.contains("all_reduce #1 (")
+                    && error.contains("with 16384 bytes of f32")
+                    && error.contains(theirs)
+            };
+            assert!(errors.iter().all(is_whole), "{way:?}: {errors:?}");
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_made_no_call_at_all_was_never_seen() {
+    let limit = Duration::from_millis(400);
+    let told = on_worlds(3, SharedMemory::Use, |mut world| {
+        let mut comm = all(&mut world, limit);
+        if world.rank() == Rank(1) {
+            // There until the others have given it up.
+            let lost = world.control().recv(Rank(0), Wait::Within(PLENTY));
+            return lost.unwrap_err().to_string();
+        }
+        let start = Instant::now();
+        let error = reduce(&mut comm, 73).unwrap_err().to_string();
+        assert!(start.elapsed() < limit + Duration::from_secs(1));
+        error
+    });
+    let expected =
+        "rank 1 never entered all_reduce #1 (layer 11, attention output; decode step 73); it was never seen";
+    assert_eq!((told[0].as_str(), told[2].as_str()), (expected, expected));
+    assert!(told[1].starts_with("rank 1 is lost: "), "{}", told[1]);
+}
+
+/// tp 2 × pp 2; rank 3 stays away. Its neighbours wait for it in two communicators, rank 0 for rank 2 in a third.
+#[test]
+fn a_rank_that_stays_away_is_named_across_communicators() {
+    let limit = Duration::from_millis(800);
+    for way in WAYS {
+        let told = on_worlds(4, way, |mut world| {
+            let (mut tp, mut pp) = mesh_of_four(&mut world, limit);
+            tp.barrier(name(0)).unwrap();
+            let start = Instant::now();
+            let mut word = [0; 4];
+            let error = match world.rank().0 {
+                0 | 1 => pp.recv(host(&mut word, DType::U8), Rank(1), name(1)).unwrap_err(),
+                2 => tp.barrier(name(1)).unwrap_err(),
+                _ => {
+                    let lost = world.control().recv(Rank(0), Wait::Within(PLENTY));
+                    assert!(matches!(lost, Err(ControlError::RankLost { .. })), "{lost:?}");
+                    return None;
+                }
+            };
+            assert!(start.elapsed() < limit + Duration::from_secs(1), "{:?}", start.elapsed());
+            Some(error.to_string())
+        });
+        for error in told.into_iter().flatten() {
+            assert!(error.starts_with("rank 3 never "), "{way:?}: {error}");
+            assert!(error.contains("it was last seen in barrier #1 "), "{way:?}: {error}");
+        }
+    }
+}
+
+/// Both communicators of a rank in a mesh of tp 2 × pp 2.
+fn mesh_of_four(world: &mut World, limit: Duration) -> (Comm, Comm) {
+    let options = GroupOptions::collectives(limit);
+    let mut connect = |name: &str, groups: [[Rank; 2]; 2]| {
+        let found = groups.map(|group| world.connect(name, &group, options).unwrap());
+        Comm::from(found.into_iter().flatten().next().unwrap())
+    };
+    let tp = connect("tp", [[Rank(0), Rank(1)], [Rank(2), Rank(3)]]);
+    (tp, connect("pp", [[Rank(0), Rank(2)], [Rank(1), Rank(3)]]))
 }
 
 /// The end of a chain of waits is named, not its first link: stage 2 waits for stage 1, which waits for stage 0.
