@@ -2,6 +2,7 @@
 
 mod device;
 mod limits;
+mod mesh;
 mod model;
 mod numbers;
 mod sampling;
@@ -12,5 +13,6 @@ pub mod plan;
 
 pub use device::{DeviceArgs, DeviceRequest};
 pub use limits::LimitArgs;
+pub use mesh::{Degrees, MeshArgs, MeshRequest, Nodes};
 pub use model::ModelArgs;
 pub use sampling::SamplingArgs;

@@ -11,6 +11,7 @@ mod commands;
 mod flags;
 mod generation;
 mod interrupt;
+mod launch;
 mod machine;
 mod model;
 mod problem;
@@ -28,7 +29,14 @@ use generation::Ending;
 use render::Console;
 
 fn main() -> ExitCode {
-    let cli = match cli::parse(&std::env::args_os().collect::<Vec<_>>()) {
+    let is_started_rank = match launch::follow_parent() {
+        Ok(is_started_rank) => is_started_rank,
+        Err(error) => {
+            Console::plain().error(&error);
+            return ExitCode::FAILURE;
+        }
+    };
+    let mut cli = match cli::parse(&std::env::args_os().collect::<Vec<_>>()) {
         Ok(cli) => cli,
         Err(NoRun::Clap(told)) => return not_run(&told),
         Err(NoRun::Settings(error)) => {
@@ -36,6 +44,10 @@ fn main() -> ExitCode {
             return ExitCode::from(problem::exit_of(&error) as u8);
         }
     };
+    if is_started_rank {
+        // Whoever started it reads its lines.
+        cli.manner.color = cli::ColorFlag::Never;
+    }
     let console = Console::new(&cli.manner);
     log(cli.manner.verbose);
     match run(cli, &console) {

@@ -1,19 +1,21 @@
 //! From an open model to an engine that is ready: a plan that fits this machine, the device, the weights.
 
-use std::time::{Duration, Instant};
+mod ranks;
 
-use dist_comm::{Comm, Solo};
+use std::time::Duration;
+
 use dist_core::plan::{Limits, Plan};
 use dist_core::planner::{PlanOptions, PlanReport, Reason, Workload, plan};
-use dist_core::{DType, Device, DeviceKind, Link, Mesh, ModelConfig, Rank, Topology};
+use dist_core::{DType, Device, DeviceKind, Link, ModelConfig, Topology};
 use dist_kernels::cpu::{CpuBackend, CpuOptions};
-use dist_models::decoder::LoadProgress;
-use dist_models::engine::{Engine, Followers, start_rank};
-use dist_models::runner::Comms;
+use dist_models::engine::Engine;
+
+pub use ranks::{Crew, Facts, follow};
 
 use crate::flags::{DeviceRequest, LimitArgs};
+use crate::launch::{LocalRanks, Split};
 use crate::machine::{self, gigabytes};
-use crate::model::{Holding, Model};
+use crate::model::Model;
 use crate::problem::Problem;
 
 /// Tokens of a KV block.
@@ -102,29 +104,48 @@ pub fn limits(asked: &LimitArgs, max_seq_len: usize, demand: Demand) -> Limits {
     }
 }
 
-/// What the planner works with on this machine.
+/// Between ranks, where nobody has measured.
+const LINK: Link = Link { latency_s: 20e-6, bytes_per_s: 10e9 };
+
+/// What the planner works with.
 pub struct Setting<'a> {
     /// The model.
     pub model: &'a Model,
-    /// The device.
+    /// The device of each rank.
     pub device: &'a DeviceReport,
     /// What it can do.
     pub rates: Rates,
     /// The sizes that memory is taken for.
     pub limits: Limits,
+    /// How the model is split.
+    pub split: &'a Split,
+    /// What each rank has.
+    pub ranks: &'a [Facts],
+}
+
+/// The plan that follows from model and split alone: what ranks compare before they know what each of them has.
+pub fn split_plan(model: &Model, split: &Split) -> anyhow::Result<Plan> {
+    let device = DeviceReport { name: "device".to_owned(), threads: 1, path: "any" };
+    let max_seq_len = model.config().n_ctx;
+    let limits = Limits { max_seq_len, max_seqs: 1, max_batch_tokens: 1, max_sample_rows: 1 };
+    let ranks = vec![Facts { available: u64::MAX, evictable: 0 }; split.mesh.world_size()];
+    let setting = Setting { model, device: &device, rates: Rates::UNKNOWN, limits, split, ranks: &ranks };
+    let workload = Workload { n_seqs: 1, prompt_len: 1, new_tokens: 1 };
+    setting.best(setting.report(workload, |facts| facts.available)?)
 }
 
 impl Setting<'_> {
-    fn report(&self, workload: Workload, memory_bytes: u64) -> anyhow::Result<PlanReport> {
-        let device = Device {
+    fn report(&self, workload: Workload, memory: impl Fn(&Facts) -> u64) -> anyhow::Result<PlanReport> {
+        let device = |facts| Device {
             kind: DeviceKind::Cpu,
             name: self.device.name.clone(),
             host: 0,
-            memory_bytes,
+            memory_bytes: memory(facts),
             read_bytes_per_s: self.rates.read_bytes_per_s,
             flops_per_s: self.rates.flops_per_s,
         };
-        let nowhere = Link { latency_s: 0.0, bytes_per_s: f64::MAX };
+        let devices = self.ranks.iter().map(device).collect();
+        let topology = Topology { devices, same_host: LINK, other_host: LINK, pairs: Vec::new() };
         let options = PlanOptions {
             act_dtype: DType::F32,
             wire_dtype: DType::F32,
@@ -132,52 +153,47 @@ impl Setting<'_> {
             block_size: BLOCK_SIZE,
             limits: self.limits,
             memory_percent: MEMORY_PERCENT,
-            mesh: Some(Mesh::SOLO),
-            stages: None,
+            mesh: Some(self.split.mesh),
+            stages: self.split.stages.clone(),
             copies: false,
         };
-        Ok(plan(self.model.config(), &Topology::uniform(&device, 1, nowhere), workload, &options)?)
+        Ok(plan(self.model.config(), &topology, workload, &options)?)
     }
 
     /// A plan that fits the memory that is free now, and what to say about it beside.
     ///
     /// The pages of a mapped file can be dropped and read again, so that only what must stay has to fit.
     pub fn plan(&self, workload: Workload) -> anyhow::Result<(Plan, Option<String>)> {
-        let Some(available) = machine::available_bytes() else {
-            return Ok((self.best(self.report(workload, u64::MAX)?, u64::MAX)?, None));
-        };
-        let report = self.report(workload, available)?;
-        let evictable = match self.model.holding {
-            Holding::Mapped | Holding::Embedded => self.model.checkpoint.weight_bytes(),
-            Holding::Read | Holding::Random => 0,
-        };
-        if report.best.is_some() || evictable == 0 {
-            return Ok((self.best(report, available)?, None));
+        let report = self.report(workload, |facts| facts.available)?;
+        if report.best.is_some() || self.ranks.iter().all(|facts| facts.evictable == 0) {
+            return Ok((self.best(report)?, None));
         }
         // In percent as the planner takes it.
-        let beside = evictable.saturating_mul(100) / u64::from(MEMORY_PERCENT);
-        let report = self.report(workload, available.saturating_add(beside))?;
-        let plan = self.best(report, available)?;
+        let beside = |facts: &Facts| facts.evictable.saturating_mul(100) / u64::from(MEMORY_PERCENT);
+        let report = self.report(workload, |facts| facts.available.saturating_add(beside(facts)))?;
+        let plan = self.best(report)?;
+        let sum = |of: fn(&Facts) -> u64| self.ranks.iter().map(of).fold(0, u64::saturating_add);
         let warning = format!(
             "the weights ({}) and what is kept beside them do not fit the free memory ({}): parts will be read from \
              disk at every token",
-            gigabytes(evictable),
-            gigabytes(available)
+            gigabytes(sum(|facts| facts.evictable)),
+            gigabytes(sum(|facts| facts.available))
         );
         Ok((plan, Some(warning)))
     }
 
-    fn best(&self, report: PlanReport, available: u64) -> anyhow::Result<Plan> {
+    fn best(&self, report: PlanReport) -> anyhow::Result<Plan> {
         if let Some(best) = report.best {
             return Ok(best);
         }
         let name = &self.model.name;
         match report.rejected.into_iter().next().map(|rejected| rejected.reason) {
-            Some(Reason::Memory { needed, .. }) => {
+            Some(Reason::Memory { rank, needed, .. }) => {
+                let of_rank = if self.ranks.len() > 1 { format!(" on {rank}") } else { String::new() };
                 let what = format!(
-                    "{name} needs {} of memory, {} are available",
+                    "{name} needs {} of memory{of_rank}, {} are available",
                     gigabytes(needed.total()),
-                    gigabytes(available)
+                    gigabytes(self.ranks[rank.0].available)
                 );
                 let parts = anyhow::anyhow!(
                     "weights {}, KV cache {}, workspace {}; at most {MEMORY_PERCENT} % of what is available is taken",
@@ -189,6 +205,13 @@ impl Setting<'_> {
                     "take a smaller model, or less at once: --max-seq-len, --max-seqs, --max-batch-tokens";
                 Err(Problem::failed(what).because(parts).help(help).into())
             }
+            Some(reason) if self.ranks.len() > 1 => {
+                let what = format!("{name} cannot be split as {}", self.split.mesh);
+                Err(Problem::failed(what)
+                    .because(reason)
+                    .help("choose other degrees: --tp, --pp, --stages")
+                    .into())
+            }
             Some(reason) => Err(Problem::failed(format!("{name} cannot run here")).because(reason).into()),
             None => Err(Problem::failed(format!("{name} cannot run here")).into()),
         }
@@ -197,24 +220,10 @@ impl Setting<'_> {
 
 /// An engine that is ready.
 pub struct Session {
-    /// The engine.
+    /// The engine. It ends the ranks that follow it, so it goes before them.
     pub engine: Engine<CpuBackend>,
     /// What taking in the weights took.
     pub load: Duration,
-}
-
-impl Session {
-    /// Takes the weights in and all memory that the plan allows.
-    pub fn start(
-        backend: CpuBackend,
-        model: &Model,
-        plan: &Plan,
-        progress: &mut dyn FnMut(LoadProgress),
-    ) -> anyhow::Result<Self> {
-        let start = Instant::now();
-        let comms = Comms { tp: Comm::Solo(Solo::new()), pp: Comm::Solo(Solo::new()) };
-        let runner = start_rank(backend, comms, &model.checkpoint, plan, Rank(0), progress)?;
-        let engine = Engine::new(runner, Followers::None, plan, model.tokenizer.clone());
-        Ok(Self { engine, load: start.elapsed() })
-    }
+    /// The ranks that this process has started.
+    pub locals: LocalRanks,
 }

@@ -32,6 +32,22 @@ pub enum RankLost {
     Control(#[from] ControlError),
 }
 
+impl RankLost {
+    /// The ranks that are to blame.
+    pub fn ranks(&self) -> Vec<Rank> {
+        match self {
+            Self::Comm(CommError::Timeout { missing, .. }) => {
+                missing.iter().map(|missing| missing.rank).collect()
+            }
+            Self::Comm(CommError::RankLost { rank, .. })
+            | Self::Control(ControlError::RankLost { rank, .. } | ControlError::Timeout { rank, .. }) => {
+                vec![*rank]
+            }
+            Self::Comm(_) | Self::Control(_) => Vec::new(),
+        }
+    }
+}
+
 /// How a follower ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ended {

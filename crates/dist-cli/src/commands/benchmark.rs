@@ -7,14 +7,19 @@ use crate::bench::{self, Ceilings, Cell, Measured, Origin, Report};
 use crate::flags::benchmark::{BenchmarkArgs, BenchmarkRequest};
 use crate::generation::Ending;
 use crate::interrupt;
+use crate::launch::{self, Launch};
 use crate::problem::Problem;
 use crate::render::{self, Console, LoadBar};
-use crate::session::{self, Rates, Session, Setting};
+use crate::session::{self, Crew, Rates, Setting};
 
 /// Runs the command.
 pub fn run(args: BenchmarkArgs, console: &Console) -> anyhow::Result<Ending> {
     let request = args.into_request()?;
-    let Some(report) = report(&request, console)? else { return Ok(Ending::Interrupted) };
+    let launch = Launch::of(&request.mesh)?;
+    if launch.is_follower() {
+        return session::follow(&launch, &request.model, request.device, console);
+    }
+    let Some(report) = report(&request, &launch, console)? else { return Ok(Ending::Interrupted) };
     let rendered =
         if request.json { render::benchmark_json(&report)? } else { render::benchmark_table(&report) };
     render::result(&rendered)?;
@@ -22,14 +27,23 @@ pub fn run(args: BenchmarkArgs, console: &Console) -> anyhow::Result<Ending> {
 }
 
 /// `None` if the user interrupted.
-fn report(request: &BenchmarkRequest, console: &Console) -> anyhow::Result<Option<Report>> {
+fn report(request: &BenchmarkRequest, launch: &Launch, console: &Console) -> anyhow::Result<Option<Report>> {
     let model = request.model.open()?;
     let limits = limits(request, model.config().n_ctx)?;
-    let (backend, device) = session::backend(request.device)?;
     console.note("measuring what this machine can do");
-    let mut ceilings = Ceilings::measure(&backend);
-    let rates = Rates { read_bytes_per_s: ceilings.read_bytes_per_s, flops_per_s: ceilings.flops_per_s };
-    let setting = Setting { model: &model, device: &device, rates, limits };
+    // All its ranks together, before any of them runs.
+    let (all_cores, device) = session::backend(request.device)?;
+    let mut ceilings = Ceilings::measure(&all_cores);
+    drop(all_cores);
+    let crew = Crew::gather(launch, &model, console)?;
+    let share = 1.0 / launch.local_size as f64;
+    let rates = Rates {
+        read_bytes_per_s: ceilings.read_bytes_per_s * share,
+        flops_per_s: ceilings.flops_per_s * share,
+    };
+    let (split, ranks) = (&launch.split, crew.facts.as_slice());
+    let (backend, _) = session::backend(launch.share(request.device))?;
+    let setting = Setting { model: &model, device: &device, rates, limits, split, ranks };
     let largest = request.cells.iter().max_by_key(|cell| cell.batch * (cell.prompt_len + cell.new_tokens));
     let largest = *largest.expect("clap asks for at least one of each");
     let (plan, warning) = setting.plan(workload(largest))?;
@@ -41,7 +55,7 @@ fn report(request: &BenchmarkRequest, console: &Console) -> anyhow::Result<Optio
         predicted.push(setting.plan(workload(cell))?.0.predictions);
     }
     let mut bar = LoadBar::new(console);
-    let mut session = Session::start(backend, &model, &plan, &mut |progress| bar.update(progress))?;
+    let mut session = crew.begin(backend, &model, &plan, (console, &mut |progress| bar.update(progress)))?;
     bar.finish();
     console.phase("load weights", session.load);
 
@@ -52,9 +66,9 @@ fn report(request: &BenchmarkRequest, console: &Console) -> anyhow::Result<Optio
         console.note(&format!("measuring batch {batch}, prompt {prompt_len}, new tokens {new_tokens}"));
         let rounds = (request.warmups, request.repeats);
         let n_vocab = model.config().n_vocab;
-        let Some(times) = bench::measure(&mut session.engine, cell, n_vocab, rounds, &interrupt)? else {
-            return Ok(None);
-        };
+        let times = bench::measure(&mut session.engine, cell, n_vocab, rounds, &interrupt);
+        let times = times.map_err(|error| launch::explain(error, &mut session.locals))?;
+        let Some(times) = times else { return Ok(None) };
         let (decode, prefill) = bench::work_of(&plan, cell);
         cells.push(Measured { cell, times, predictions, decode, prefill });
     }

@@ -9,16 +9,21 @@ use dist_core::planner::Workload;
 use crate::flags::infer::{Format, InferArgs, InferRequest};
 use crate::generation::{self, Ending, Run};
 use crate::interrupt;
+use crate::launch::{self, Launch};
 use crate::model::Model;
 use crate::prompts::{self, Job, PromptSource};
 use crate::render::{self, BatchBar, Console, JsonLines, LoadBar, Silent, TextWatch};
-use crate::session::{self, Demand, DeviceReport, Rates, Session, Setting};
+use crate::session::{self, Crew, Demand, DeviceReport, Rates, Session, Setting};
 
 /// Runs the command.
 pub fn run(args: InferArgs, console: &Console) -> anyhow::Result<Ending> {
     let request = args.into_request()?;
-    let mut ready = Ready::of(request, console)?;
-    ready.answer(console)
+    let launch = Launch::of(&request.mesh)?;
+    if launch.is_follower() {
+        return session::follow(&launch, &request.model, request.device, console);
+    }
+    let mut ready = Ready::of(request, &launch, console)?;
+    ready.answer(console).map_err(|error| launch::explain(error, &mut ready.session.locals))
 }
 
 /// Everything that answering takes.
@@ -35,7 +40,7 @@ struct Ready {
 
 impl Ready {
     /// Reads the prompts, opens the model, plans, loads. What is wrong with a prompt is said before weights are touched.
-    fn of(request: InferRequest, console: &Console) -> anyhow::Result<Self> {
+    fn of(request: InferRequest, launch: &Launch, console: &Console) -> anyhow::Result<Self> {
         let is_default_prompt = request.source == PromptSource::Default;
         let prompts = prompts::read(request.source, &request.sampling)?;
         let start = Instant::now();
@@ -44,11 +49,13 @@ impl Ready {
         let jobs = prompts::encode(prompts, &model, max_seq_len)?;
         console.phase("open model, encode prompts", start.elapsed());
 
+        let crew = Crew::gather(launch, &model, console)?;
         let start = Instant::now();
         let demand = demand(&jobs, max_seq_len);
         let limits = session::limits(&request.limits, max_seq_len, demand);
-        let (backend, device) = session::backend(request.device)?;
-        let setting = Setting { model: &model, device: &device, rates: Rates::UNKNOWN, limits };
+        let (backend, device) = session::backend(launch.share(request.device))?;
+        let (split, ranks) = (&launch.split, crew.facts.as_slice());
+        let setting = Setting { model: &model, device: &device, rates: Rates::UNKNOWN, limits, split, ranks };
         let Demand { n_samples, prompt_len, new_tokens, .. } = demand;
         let workload = Workload { n_seqs: n_samples.min(limits.max_seqs), prompt_len, new_tokens };
         let (plan, warning) = setting.plan(workload)?;
@@ -58,7 +65,8 @@ impl Ready {
         console.phase("plan", start.elapsed());
 
         let mut bar = LoadBar::new(console);
-        let mut session = Session::start(backend, &model, &plan, &mut |progress| bar.update(progress))?;
+        let mut session =
+            crew.begin(backend, &model, &plan, (console, &mut |progress| bar.update(progress)))?;
         bar.finish();
         console.phase("load weights", session.load);
         generation::add_all(&mut session.engine, &jobs)?;

@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::{DeviceArgs, DeviceRequest, ModelArgs, numbers};
+use super::{DeviceArgs, DeviceRequest, MeshArgs, MeshRequest, ModelArgs, numbers};
 use crate::bench::Cell;
 use crate::model::ModelChoice;
 
@@ -52,6 +52,9 @@ pub struct BenchmarkArgs {
     /// Where to run.
     #[command(flatten)]
     pub device: DeviceArgs,
+    /// On how many ranks.
+    #[command(flatten)]
+    pub mesh: MeshArgs,
     /// Writes one JSON object instead of a table
     #[arg(long, help_heading = "Output")]
     pub json: bool,
@@ -64,6 +67,8 @@ pub struct BenchmarkRequest {
     pub model: ModelChoice,
     /// Where to run.
     pub device: DeviceRequest,
+    /// On how many ranks.
+    pub mesh: MeshRequest,
     /// What to run, in order.
     pub cells: Vec<Cell>,
     /// Rounds before the measured ones.
@@ -92,6 +97,7 @@ impl BenchmarkArgs {
         Ok(BenchmarkRequest {
             model: self.model.to_choice()?,
             device: self.device.to_request()?,
+            mesh: self.mesh.to_request()?,
             cells,
             warmups: self.warmups,
             repeats: self.repeats,

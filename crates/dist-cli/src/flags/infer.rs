@@ -3,8 +3,8 @@
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args};
 
-use super::{DeviceArgs, LimitArgs, ModelArgs, SamplingArgs};
-use crate::flags::DeviceRequest;
+use super::{DeviceArgs, LimitArgs, MeshArgs, ModelArgs, SamplingArgs};
+use crate::flags::{DeviceRequest, MeshRequest};
 use crate::model::ModelChoice;
 use crate::problem::Problem;
 use crate::prompts::PromptSource;
@@ -35,7 +35,10 @@ Examples:
   echo 'Once upon a time' | dist-cli infer --model ~/models/gpt2 -
   dist-cli infer --model facebook/opt-125m --prompt 'The house' --stop '.' --json
   dist-cli infer --model gpt3-125m --prompt-ids 5,17,42 --threads 2
-  dist-cli infer --prompts prompts.jsonl > answers.jsonl";
+  dist-cli infer --prompts prompts.jsonl > answers.jsonl
+  dist-cli infer --model ~/models/gpt2-xl --tp 2 --pp 2
+  dist-cli infer --model ~/models/gpt2-xl --tp 2 --nnodes 2 --node-rank 0 --master node1:29500 --secret-file secret
+  mpirun -n 4 dist-cli infer --model ~/models/gpt2-xl --tp 2 --pp 2";
 
 /// Flags of `infer`.
 #[derive(Args, Clone, Debug)]
@@ -56,6 +59,9 @@ pub struct InferArgs {
     /// Where to run.
     #[command(flatten)]
     pub device: DeviceArgs,
+    /// On how many ranks.
+    #[command(flatten)]
+    pub mesh: MeshArgs,
     /// Writes one JSON object instead of text
     #[arg(long, help_heading = "Output")]
     pub json: bool,
@@ -154,6 +160,8 @@ pub struct InferRequest {
     pub limits: LimitArgs,
     /// Where to run.
     pub device: DeviceRequest,
+    /// On how many ranks.
+    pub mesh: MeshRequest,
     /// How to write.
     pub format: Format,
 }
@@ -190,6 +198,7 @@ impl InferArgs {
             sampling,
             limits: self.limits,
             device: self.device.to_request()?,
+            mesh: self.mesh.to_request()?,
             format,
         })
     }

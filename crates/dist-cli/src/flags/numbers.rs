@@ -1,6 +1,7 @@
 //! Numbers with bounds, for clap: what is wrong with a value is said where it was written.
 
 use std::str::FromStr;
+use std::time::Duration;
 
 fn number<T: FromStr>(text: &str, is_allowed: impl Fn(&T) -> bool, allowed: &str) -> Result<T, String> {
     text.trim().parse().ok().filter(is_allowed).ok_or_else(|| format!("must be {allowed}"))
@@ -44,6 +45,12 @@ pub(super) fn count(text: &str) -> Result<usize, String> {
 /// A number of threads.
 pub(super) fn threads(text: &str) -> Result<usize, String> {
     number(text, |n: &usize| (1..=1024).contains(n), "from 1 to 1024")
+}
+
+/// A time limit.
+pub(super) fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = number(text, |x: &f64| *x >= 0.001 && *x <= 1e6, "seconds, from 0.001 to 1000000")?;
+    Ok(Duration::from_secs_f64(seconds))
 }
 
 /// `ID=VALUE`.

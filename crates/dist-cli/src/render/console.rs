@@ -117,6 +117,18 @@ impl Console {
         }
     }
 
+    /// What a rank has done or is.
+    pub fn of_rank(&self, rank: dist_core::Rank, text: &str) {
+        if self.verbose > 0 {
+            Self::line(&self.paint("2", &format!("{rank}: {text}")));
+        }
+    }
+
+    /// A line of another process.
+    pub fn pass_on(line: &str) {
+        Self::line(line);
+    }
+
     /// Text that a person reads before what comes on standard output.
     pub fn lead_in(&self, text: &str) {
         let _ = write!(io::stderr(), "{}", self.paint("2", text));
