@@ -11,12 +11,13 @@ pub use statistics::Quantiles;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use dist_core::CostModel;
 use dist_core::cost::{StepShape, Work};
 use dist_core::plan::{Plan, Predictions};
+use dist_core::{Coord, CostModel, Mesh, Rank};
 use dist_kernels::Backend;
 use dist_models::engine::Engine;
 use dist_models::request::{Event, Request, RequestId, Sampling};
+use dist_models::runner::Usage;
 
 use crate::problem::Problem;
 
@@ -36,10 +37,26 @@ pub struct Cell {
 pub struct Times {
     /// Arrival to first token, one a sequence and round.
     pub ttft: Vec<Duration>,
-    /// Steps in which every sequence of the batch got a token after its first.
+    /// Of every step, all sequences running, from the tokens before to these.
     pub steps: Vec<Duration>,
     /// Whole rounds.
     pub rounds: Vec<Duration>,
+    /// Of all measured rounds together, what every rank did, in order of the ranks.
+    pub usage: Vec<Usage>,
+    /// How long these rounds took.
+    pub wall: Duration,
+}
+
+impl Times {
+    /// Busy time over wall time of each pipeline stage: the mean of its ranks.
+    pub fn stage_busy(&self, mesh: Mesh) -> Vec<f64> {
+        let busy = |rank: Rank| self.usage.get(rank.0).map_or(0.0, |usage| usage.busy.as_secs_f64());
+        let of_stage = |pp| {
+            let ranks = (0..mesh.tp).map(|tp| mesh.rank(Coord { tp, pp, dp: 0 }));
+            ranks.map(busy).sum::<f64>() / mesh.tp as f64 / self.wall.as_secs_f64().max(1e-9)
+        };
+        (0..mesh.pp).map(of_stage).collect()
+    }
 }
 
 /// A measured cell.
@@ -129,18 +146,21 @@ pub fn measure<B: Backend>(
     interrupt: &AtomicBool,
 ) -> anyhow::Result<Option<Times>> {
     let (warmups, repeats) = rounds;
-    let mut times = Times::default();
-    for round in 0..warmups + repeats {
-        let mut one = Times::default();
-        if !measure_round(engine, cell, n_vocab, interrupt, &mut one)? {
+    for _ in 0..warmups {
+        if !measure_round(engine, cell, n_vocab, interrupt, &mut Times::default())? {
             return Ok(None);
         }
-        if round >= warmups {
-            times.ttft.extend(one.ttft);
-            times.steps.extend(one.steps);
-            times.rounds.extend(one.rounds);
+    }
+    let mut times = Times::default();
+    engine.usage()?;
+    let start = Instant::now();
+    for _ in 0..repeats {
+        if !measure_round(engine, cell, n_vocab, interrupt, &mut times)? {
+            return Ok(None);
         }
     }
+    times.wall = start.elapsed();
+    times.usage = engine.usage()?;
     Ok(Some(times))
 }
 
@@ -157,28 +177,31 @@ fn measure_round<B: Backend>(
         let request = Request { id: RequestId(seq as u64), prompt, sampling: sampling(cell) };
         engine.add(request).map_err(|error| Problem::failed(error.to_string()))?;
     }
-    let mut has_begun = vec![false; cell.batch];
-    let mut before = start;
+    // When each sequence got its last token, once it has one.
+    let mut last = vec![None; cell.batch];
+    let mut all_began = None;
     while !engine.is_idle() {
         if interrupt.load(Ordering::Relaxed) {
             return Ok(false);
         }
-        let all_had_begun = has_begun.iter().all(|&begun| begun);
         let events = engine.step()?;
         let now = Instant::now();
-        let mut n_tokens = 0;
+        let mut slowest = None;
         for event in events {
-            if let Event::Token { id, .. } = event {
-                n_tokens += 1;
-                if !std::mem::replace(&mut has_begun[id.0 as usize], true) {
-                    times.ttft.push(now - start);
+            let Event::Token { id, .. } = event else { continue };
+            match last[id.0 as usize].replace(now) {
+                None => times.ttft.push(now - start),
+                // What took longer because others were still at their prompt is no step of the whole batch.
+                Some(before) if all_began.is_some_and(|began| before >= began) => {
+                    slowest = slowest.max(Some(now - before));
                 }
+                Some(_) => {}
             }
         }
-        if all_had_begun && n_tokens == cell.batch {
-            times.steps.push(now - before);
+        times.steps.extend(slowest);
+        if all_began.is_none() && last.iter().all(Option::is_some) {
+            all_began = Some(now);
         }
-        before = now;
     }
     times.rounds.push(start.elapsed());
     Ok(true)

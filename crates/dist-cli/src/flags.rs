@@ -13,6 +13,6 @@ pub mod plan;
 
 pub use device::{DeviceArgs, DeviceRequest};
 pub use limits::LimitArgs;
-pub use mesh::{Degrees, MeshArgs, MeshRequest, Nodes};
+pub use mesh::{DegreeArgs, Degrees, MeshArgs, MeshRequest, Nodes};
 pub use model::ModelArgs;
 pub use sampling::SamplingArgs;

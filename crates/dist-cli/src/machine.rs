@@ -34,6 +34,20 @@ fn cgroup_bytes() -> Option<u64> {
     Some(max.saturating_sub(anon))
 }
 
+/// Whether this process may run on fewer cores than the one that started it.
+pub fn is_bound_by_parent() -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::process::getppid;
+        use rustix::thread::sched_getaffinity;
+        let cores = |pid| sched_getaffinity(pid).map(|cores| cores.count());
+        if let (Ok(own), Ok(of_parent)) = (cores(None), cores(getppid())) {
+            return own < of_parent;
+        }
+    }
+    false
+}
+
 /// Bytes in decimal units, for people.
 pub fn gigabytes(bytes: u64) -> String {
     let bytes = bytes as f64;

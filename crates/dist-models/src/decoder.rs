@@ -5,6 +5,8 @@
 
 mod load;
 
+use std::time::{Duration, Instant};
+
 use dist_comm::{CallName, Comm};
 use dist_core::{Activation, KvLayout, ModelConfig, NormPosition, Rank};
 use dist_kernels::Backend;
@@ -108,6 +110,8 @@ pub(crate) struct Context<'a, B: Backend> {
     pub(crate) pp: &'a mut Comm,
     /// The rows of the step.
     pub(crate) step: StepShape,
+    /// Time that went into waiting for other ranks.
+    pub(crate) waited: &'a mut Duration,
 }
 
 impl<B: Backend> Context<'_, B> {
@@ -124,8 +128,16 @@ impl<B: Backend> Context<'_, B> {
         }
         let name = CallName::new(op).layer(layer).step(self.step.number);
         let raw = self.backend.raw(partial, self.step.rows * width);
-        Ok(self.tp.all_reduce_sum(raw, name)?)
+        Ok(timed(self.waited, || self.tp.all_reduce_sum(raw, name))?)
     }
+}
+
+/// Adds to `waited` what `wait` takes.
+pub(crate) fn timed<T>(waited: &mut Duration, wait: impl FnOnce() -> T) -> T {
+    let start = Instant::now();
+    let result = wait();
+    *waited += start.elapsed();
+    result
 }
 
 /// A linear layer without prologue.
@@ -173,14 +185,14 @@ impl<B: Backend> Decoder<B> {
         let (name, from) =
             (CallName::new("residual stream").step(ctx.step.number), Rank(ctx.pp.rank().0 - 1));
         let raw = ctx.backend.raw(&mut ws.hidden, ctx.step.rows * self.shape.d_model);
-        Ok(ctx.pp.recv(raw, from, name)?)
+        Ok(timed(ctx.waited, || ctx.pp.recv(raw, from, name))?)
     }
 
     /// The residual stream for the stage after; it normalises for itself.
     fn send(&self, ctx: &mut Context<'_, B>, ws: &mut Workspace<B>) -> Result<(), RunError> {
         let (name, to) = (CallName::new("residual stream").step(ctx.step.number), Rank(ctx.pp.rank().0 + 1));
         let raw = ctx.backend.raw(&mut ws.hidden, ctx.step.rows * self.shape.d_model);
-        Ok(ctx.pp.send(raw, to, name)?)
+        Ok(timed(ctx.waited, || ctx.pp.send(raw, to, name))?)
     }
 
     /// `hidden = tokens[ids] + positions[pos]`; with a projection in between where the token table is narrower, and a

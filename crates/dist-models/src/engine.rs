@@ -15,7 +15,7 @@ use crate::checkpoint::Checkpoint;
 use crate::decoder::{Decoder, LoadError, LoadProgress};
 use crate::rank::Leader;
 use crate::request::{Event, Request, RequestId};
-use crate::runner::{Comms, RunError, Runner};
+use crate::runner::{Comms, RunError, Runner, Usage};
 use crate::scheduler::{Limits, RequestError, Scheduler, Stats};
 use crate::step::StepBatch;
 use crate::tokenizer::Tokenizer;
@@ -185,6 +185,15 @@ impl<B: Backend> Engine<B> {
     /// What is running and waiting.
     pub fn stats(&self) -> Stats {
         self.scheduler.stats()
+    }
+
+    /// What every rank process did since the last time that this was asked, this one first.
+    pub fn usage(&mut self) -> Result<Vec<Usage>, EngineError> {
+        let mut usage = vec![self.runner.take_usage()];
+        if let Followers::Ranks(leader) = &mut self.followers {
+            usage.extend(leader.reports().inspect_err(|_| self.is_broken = true)?);
+        }
+        Ok(usage)
     }
 
     /// The device.

@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::engine::EngineError;
-use crate::runner::{RunError, Runner};
+use crate::runner::{RunError, Runner, Usage};
 use crate::step::StepBatch;
 
 /// How long a last word may take.
@@ -61,7 +61,9 @@ pub enum Ended {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 enum Command {
     /// The next step, after so many steps have been collected.
-    Step { collects: u32, batch: StepBatch },
+    Step { collects: u32, batch: Box<StepBatch> },
+    /// What has been done since the last report.
+    Report,
     /// The end.
     Stop,
 }
@@ -70,6 +72,7 @@ enum Command {
 #[derive(Serialize)]
 enum CommandRef<'a> {
     Step { collects: u32, batch: &'a StepBatch },
+    Report,
     Stop,
 }
 
@@ -92,6 +95,18 @@ impl Leader {
     pub(crate) fn step(&mut self, batch: &StepBatch, collects: u32) -> Result<(), ControlError> {
         let command = to_bytes(&CommandRef::Step { collects, batch })?;
         self.world.control().broadcast(&command, self.limit)
+    }
+
+    /// What every follower did since the last report, in order of their ranks.
+    pub(crate) fn reports(&mut self) -> Result<Vec<Usage>, ControlError> {
+        let control = self.world.control();
+        control.broadcast(&to_bytes(&CommandRef::Report)?, self.limit)?;
+        let mut reports = Vec::new();
+        for rank in (1..self.world.members().len()).map(Rank) {
+            let report = self.world.control().recv(rank, Wait::UntilSilentFor(self.limit))?;
+            reports.push(from_bytes(&report)?);
+        }
+        Ok(reports)
     }
 
     /// Every follower ends well; one that is gone already is no matter any more.
@@ -119,13 +134,13 @@ pub fn rank_main<B: Backend>(
 ) -> Result<Ended, EngineError> {
     match follow(world, runner, limit) {
         Ok(()) => Ok(Ended::Told),
-        Err(error) => match error.lost() {
-            Some(lost) => Ok(Ended::Lost(lost)),
-            None => {
-                world.fail(&error.to_string());
-                Err(error)
+        Err(error) => {
+            if let Some(lost) = error.lost() {
+                return Ok(Ended::Lost(lost));
             }
-        },
+            world.fail(&error.to_string());
+            Err(error)
+        }
     }
 }
 
@@ -141,6 +156,10 @@ fn follow<B: Backend>(world: &mut World, runner: &mut Runner<B>, limit: Duration
                     runner.collect()?;
                 }
                 runner.submit(&batch)?;
+            }
+            Command::Report => {
+                let report = to_bytes(&runner.take_usage()).map_err(ControlError::from)?;
+                world.control().send(Rank(0), &report, limit)?;
             }
             Command::Stop => return Ok(()),
         }

@@ -1,6 +1,7 @@
 //! Runs steps on one rank: uploads the batch, runs the decoder, samples, hands out what was drawn. It never schedules.
 
 use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 
 use bytemuck::{cast_slice, cast_slice_mut};
 use dist_comm::{CallName, Comm, CommError};
@@ -9,8 +10,9 @@ use dist_core::raw::RawBuf;
 use dist_core::{DType, ModelConfig, Rank};
 use dist_kernels::args::{GatherRowsArgs, KvLayer, SampleArgs, SampleRow};
 use dist_kernels::{Backend, KernelError};
+use serde::{Deserialize, Serialize};
 
-use crate::decoder::{Context, Decoder};
+use crate::decoder::{Context, Decoder, timed};
 use crate::step::{InputToken, Sampled, StepBatch, StepOutput};
 use crate::workspace::{MAX_TOP, StepShape, Workspace};
 
@@ -61,6 +63,16 @@ pub struct Runner<B: Backend> {
     /// What the last stage drew and has not handed out.
     drawn: VecDeque<Drawn>,
     host: HostArrays,
+    usage: Usage,
+}
+
+/// What a rank did with its time since somebody last asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Computing and sampling.
+    pub busy: Duration,
+    /// In calls between ranks, which is mostly waiting for them.
+    pub waiting: Duration,
 }
 
 /// Host copies of a step's arrays, kept between steps.
@@ -100,6 +112,7 @@ impl<B: Backend> Runner<B> {
             in_flight: VecDeque::new(),
             drawn: VecDeque::new(),
             host: HostArrays::default(),
+            usage: Usage::default(),
             plan: plan.clone(),
         })
     }
@@ -109,15 +122,32 @@ impl<B: Backend> Runner<B> {
         &mut self.backend
     }
 
+    /// What this rank did since the last time that this was asked.
+    pub fn take_usage(&mut self) -> Usage {
+        std::mem::take(&mut self.usage)
+    }
+
+    /// Adds what `work` takes: what of it was no waiting was work.
+    fn timed<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T, RunError>) -> Result<T, RunError> {
+        let (start, waited) = (Instant::now(), self.usage.waiting);
+        let result = work(self);
+        let waited = self.usage.waiting.saturating_sub(waited);
+        self.usage.busy += start.elapsed().saturating_sub(waited);
+        result
+    }
+
     /// Starts a step. Its output comes from [`collect`](Self::collect), in order of the submissions.
     pub fn submit(&mut self, batch: &StepBatch) -> Result<(), RunError> {
         self.check(batch)?;
-        self.upload(batch)?;
-        self.forward(batch)?;
-        if self.decoder.has_head() {
-            let n_top = self.n_top(batch);
-            self.sample(batch, n_top)?;
-        }
+        self.timed(|runner| {
+            runner.upload(batch)?;
+            runner.forward(batch)?;
+            if !runner.decoder.has_head() {
+                return Ok(());
+            }
+            let n_top = runner.n_top(batch);
+            runner.sample(batch, n_top)
+        })?;
         self.in_flight.push_back(batch.clone());
         Ok(())
     }
@@ -135,7 +165,8 @@ impl<B: Backend> Runner<B> {
         } else {
             let (mut drawn, from) = (Drawn::new(n, n_top), Rank(self.comms.pp.world_size() - 1));
             let raw = RawBuf::Host { bytes: cast_slice_mut(&mut drawn.words), dtype: DType::U32 };
-            self.comms.pp.recv(raw, from, CallName::new("drawn tokens").step(batch.step))?;
+            let name = CallName::new("drawn tokens").step(batch.step);
+            timed(&mut self.usage.waiting, || self.comms.pp.recv(raw, from, name))?;
             drawn
         };
         for (i, sample) in batch.samples.iter().enumerate() {
@@ -167,7 +198,13 @@ impl<B: Backend> Runner<B> {
 
     fn forward(&mut self, batch: &StepBatch) -> Result<(), RunError> {
         let (step, comms) = (StepShape::of(batch), &mut self.comms);
-        let mut ctx = Context { backend: &mut self.backend, tp: &mut comms.tp, pp: &mut comms.pp, step };
+        let mut ctx = Context {
+            backend: &mut self.backend,
+            tp: &mut comms.tp,
+            pp: &mut comms.pp,
+            step,
+            waited: &mut self.usage.waiting,
+        };
         self.decoder.forward(&mut ctx, &mut self.workspace, &mut self.kv)
     }
 
@@ -210,7 +247,8 @@ impl<B: Backend> Runner<B> {
         let (ws, order) = (&mut self.workspace, &mut self.host.gather_order);
         let src = self.backend.raw(&mut ws.logits, n * vocab_local);
         let dst = self.backend.raw(&mut ws.gathered, tp * n * vocab_local);
-        self.comms.tp.all_gather(src, dst, CallName::new("logits").step(step))?;
+        let name = CallName::new("logits").step(step);
+        timed(&mut self.usage.waiting, || self.comms.tp.all_gather(src, dst, name))?;
         order.clear();
         order.extend((0..n).flat_map(|row| (0..tp).map(move |rank| (rank * n + row) as u32)));
         self.backend.upload(&mut ws.gather_order, 0, cast_slice(order))?;
@@ -254,7 +292,8 @@ impl<B: Backend> Runner<B> {
         }
         if self.comms.pp.world_size() > 1 {
             let raw = RawBuf::Host { bytes: cast_slice_mut(&mut drawn.words), dtype: DType::U32 };
-            self.comms.pp.send(raw, Rank(0), CallName::new("drawn tokens").step(batch.step))?;
+            let name = CallName::new("drawn tokens").step(batch.step);
+            timed(&mut self.usage.waiting, || self.comms.pp.send(raw, Rank(0), name))?;
         }
         self.drawn.push_back(drawn);
         Ok(())

@@ -32,6 +32,12 @@ impl Ceilings {
         });
         Self { read_bytes_per_s, flops_per_s: flops.fold(0.0, f64::max), pass_bytes }
     }
+
+    /// Of `n` machines alike.
+    pub fn times(self, n: f64) -> Self {
+        let Self { read_bytes_per_s, flops_per_s, .. } = self;
+        Self { read_bytes_per_s: read_bytes_per_s * n, flops_per_s: flops_per_s * n, ..self }
+    }
 }
 
 /// The best of a few passes over memory of at most a quarter of what is free, and the bytes of a pass.

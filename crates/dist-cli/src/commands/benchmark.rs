@@ -36,10 +36,11 @@ fn report(request: &BenchmarkRequest, launch: &Launch, console: &Console) -> any
     let mut ceilings = Ceilings::measure(&all_cores);
     drop(all_cores);
     let crew = Crew::gather(launch, &model, console)?;
-    let share = 1.0 / launch.local_size as f64;
+    // Machines are taken to be alike.
+    ceilings = ceilings.times(launch.world_size() as f64 / launch.local_size as f64);
     let rates = Rates {
-        read_bytes_per_s: ceilings.read_bytes_per_s * share,
-        flops_per_s: ceilings.flops_per_s * share,
+        read_bytes_per_s: ceilings.read_bytes_per_s / launch.world_size() as f64,
+        flops_per_s: ceilings.flops_per_s / launch.world_size() as f64,
     };
     let (split, ranks) = (&launch.split, crew.facts.as_slice());
     let (backend, _) = session::backend(launch.share(request.device))?;

@@ -13,7 +13,7 @@ pub struct DeviceArgs {
     /// Device to run on; `auto` takes the best that there is
     #[arg(long, value_name = "DEVICE", value_enum, default_value_t = DeviceFlag::Auto)]
     pub device: DeviceFlag,
-    /// Threads that compute; by default all cores of this process
+    /// Threads that compute, shared by the ranks of a machine; by default all cores of this process
     #[arg(long, value_name = "N", value_parser = numbers::threads)]
     pub threads: Option<usize>,
     /// Instructions of the CPU; both give the same bits, `portable` many times slower
@@ -47,8 +47,10 @@ pub enum PathFlag {
 /// Where to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceRequest {
-    /// Threads that compute.
+    /// Threads that compute, of all ranks of this machine together.
     pub threads: usize,
+    /// Whether the user chose them.
+    pub is_chosen: bool,
     /// Instructions.
     pub path: CpuPath,
 }
@@ -66,6 +68,7 @@ impl DeviceArgs {
             PathFlag::Avx2 => CpuPath::Avx2,
             PathFlag::Portable => CpuPath::Portable,
         };
-        Ok(DeviceRequest { threads: self.threads.unwrap_or_else(cores), path })
+        let threads = self.threads.unwrap_or_else(cores);
+        Ok(DeviceRequest { threads, is_chosen: self.threads.is_some(), path })
     }
 }

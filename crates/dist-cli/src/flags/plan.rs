@@ -5,7 +5,7 @@ use dist_core::plan::Limits;
 use dist_core::planner::{PlanOptions, Workload};
 use dist_core::{DType, Device, DeviceKind, Link, Mesh, ModelConfig, Topology};
 
-use super::{LimitArgs, ModelArgs, numbers};
+use super::{DegreeArgs, Degrees, LimitArgs, ModelArgs, numbers};
 use crate::machine;
 use crate::model::ModelChoice;
 use crate::problem::Problem;
@@ -21,7 +21,8 @@ Exit codes: 0 a split was found, 1 there is none, 2 a flag is wrong.
 Examples:
   dist-cli plan --model gpt3-13b --devices 2 --device-memory 24
   dist-cli plan --model gpt3-175b --devices 8 --device-memory 80 --bandwidth 3130 --tflops 700 --json
-  dist-cli plan --model ~/models/gpt2 --prompt-len 512 --batch 8";
+  dist-cli plan --model ~/models/gpt2 --prompt-len 512 --batch 8
+  dist-cli plan --model gpt3-1.3b --tp 2 --stages 10,14 --json > plan.json";
 
 /// Flags of `plan`.
 #[derive(Args, Clone, Debug)]
@@ -30,9 +31,9 @@ pub struct PlanArgs {
     /// Which model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Devices alike
-    #[arg(long, value_name = "N", value_parser = numbers::count, default_value = "1", help_heading = "Devices")]
-    pub devices: usize,
+    /// Devices alike; by default as many as --tp times --pp
+    #[arg(long, value_name = "N", value_parser = numbers::count, help_heading = "Devices")]
+    pub devices: Option<usize>,
     /// Memory of each, in GB
     #[arg(long, value_name = "GB", value_parser = numbers::rate, help_heading = "Devices")]
     pub device_memory: Option<f64>,
@@ -48,12 +49,9 @@ pub struct PlanArgs {
     /// Time of an empty exchange between two of them, in microseconds
     #[arg(long, value_name = "US", value_parser = numbers::rate, default_value = "20", help_heading = "Devices")]
     pub link_latency: f64,
-    /// Only splits with this many ranks to a layer
-    #[arg(long, visible_alias = "tp", value_name = "N", value_parser = numbers::count)]
-    pub tensor_parallel_size: Option<usize>,
-    /// Only splits with this many stages
-    #[arg(long, visible_alias = "pp", value_name = "N", value_parser = numbers::count)]
-    pub pipeline_parallel_size: Option<usize>,
+    /// Only this split; a degree that is not given fills up the devices
+    #[command(flatten)]
+    pub degrees: DegreeArgs,
     /// Sequences that arrive at once
     #[arg(long, visible_alias = "batch-size", value_name = "N", value_parser = numbers::count, default_value = "1")]
     pub batch: usize,
@@ -89,6 +87,8 @@ pub struct PlanRequest {
 impl PlanArgs {
     /// Opens the model's header; every user error ends here.
     pub fn into_request(self) -> anyhow::Result<PlanRequest> {
+        let degrees = self.degrees.to_degrees()?;
+        let devices = self.devices(&degrees);
         let model = match self.model.to_choice()? {
             ModelChoice::Preset { config, .. } => *config,
             choice => choice.open()?.config().clone(),
@@ -122,32 +122,39 @@ impl PlanArgs {
             block_size: session::BLOCK_SIZE,
             limits,
             memory_percent: session::MEMORY_PERCENT,
-            mesh: self.mesh()?,
-            stages: None,
+            mesh: mesh(&degrees, devices)?,
+            stages: degrees.stages,
             copies: false,
         };
         let (n_seqs, prompt_len, new_tokens) = (self.batch, self.prompt_len, self.new_tokens);
         Ok(PlanRequest {
-            topology: Topology::uniform(&device, self.devices, link),
+            topology: Topology::uniform(&device, devices, link),
             workload: Workload { n_seqs, prompt_len, new_tokens },
             options,
             json: self.json,
             model,
         })
     }
+}
 
-    /// A degree that is not given fills up the devices.
-    fn mesh(&self) -> anyhow::Result<Option<Mesh>> {
-        let (tp, pp) = match (self.tensor_parallel_size, self.pipeline_parallel_size) {
-            (None, None) => return Ok(None),
-            (Some(tp), Some(pp)) => (tp, pp),
-            (Some(tp), None) => (tp, dist_core::shape::div_exact(self.devices, tp).unwrap_or(0)),
-            (None, Some(pp)) => (dist_core::shape::div_exact(self.devices, pp).unwrap_or(0), pp),
-        };
-        if tp * pp == 0 {
-            let problem = Problem::usage(format!("{} devices cannot be split that way", self.devices));
-            return Err(problem.help("give a degree that divides --devices, or both degrees").into());
-        }
-        Ok(Some(Mesh { tp, pp, dp: 1 }))
+impl PlanArgs {
+    fn devices(&self, degrees: &Degrees) -> usize {
+        self.devices.unwrap_or_else(|| degrees.tp.unwrap_or(1) * degrees.pp.unwrap_or(1))
     }
+}
+
+/// The mesh that was asked for; a degree that is not given fills up the devices.
+fn mesh(degrees: &Degrees, devices: usize) -> anyhow::Result<Option<Mesh>> {
+    let rest = |degree| dist_core::shape::div_exact(devices, degree).unwrap_or(0);
+    let (tp, pp) = match (degrees.tp, degrees.pp) {
+        (None, None) => return Ok(None),
+        (Some(tp), Some(pp)) => (tp, pp),
+        (Some(tp), None) => (tp, rest(tp)),
+        (None, Some(pp)) => (rest(pp), pp),
+    };
+    if tp * pp == 0 {
+        let problem = Problem::usage(format!("{devices} devices cannot be split that way"));
+        return Err(problem.help("give a degree that divides --devices, or both degrees").into());
+    }
+    Ok(Some(Mesh { tp, pp, dp: 1 }))
 }

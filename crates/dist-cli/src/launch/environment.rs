@@ -147,7 +147,7 @@ fn open_mpi(vars: &Variables) -> Result<Launched, Problem> {
         port: port_of(&["openmpi", job[0], job[1], job[2]]),
     });
     let local_rank = number(vars, "OMPI_COMM_WORLD_LOCAL_RANK")?;
-    Ok(Launched { is_one_machine, local_size, local_rank, master, ..blank(Launcher::OpenMpi) })
+    Ok(Launched { local_rank, local_size, is_one_machine, master, ..blank(Launcher::OpenMpi) })
 }
 
 fn slurm(vars: &Variables) -> Result<Launched, Problem> {

@@ -9,6 +9,7 @@ use super::environment::{Launched, Master, Variables, detect};
 use super::local::{Orders, orders};
 use super::{address, secret};
 use crate::flags::{Degrees, DeviceRequest, MeshRequest, Nodes};
+use crate::machine;
 use crate::problem::Problem;
 
 /// How the model is split.
@@ -86,8 +87,12 @@ impl Launch {
         self.rank != Rank(0)
     }
 
-    /// This rank's share of its machine: ranks of one machine share the cores, each has at least one.
+    /// This rank's share of its machine: ranks of one machine share the cores, each has at least one. A launcher that
+    /// binds ranks to cores has shared them already.
     pub fn share(&self, device: DeviceRequest) -> DeviceRequest {
+        if matches!(self.how, How::Other(_)) && !device.is_chosen && machine::is_bound_by_parent() {
+            return device;
+        }
         let (all, n) = (device.threads, self.local_size);
         let one_more = usize::from(self.local_rank < all % n);
         DeviceRequest { threads: (all / n + one_more).max(1), ..device }

@@ -87,7 +87,8 @@ fn make(dir: &Path, path: &Path) -> io::Result<()> {
 
 fn require_private(path: &Path, metadata: &fs::Metadata, uid: u32) -> io::Result<()> {
     let is_link = metadata.file_type().is_symlink();
-    if metadata.uid() == uid && metadata.mode() & 0o077 == 0 && !is_link {
+    let of_others = metadata.mode() & 0o077;
+    if metadata.uid() == uid && of_others == 0 && !is_link {
         return Ok(());
     }
     Err(io::Error::other(format!("{} is open to other users", path.display())))

@@ -153,7 +153,7 @@ impl Launch {
                 Ok(Ok(world)) => return Ok(world),
                 Ok(Err(error)) => {
                     locals.give_up();
-                    return Err(self.no_meeting(error, locals.ended()).into());
+                    return Err(self.no_meeting(&error, locals.ended()).into());
                 }
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(Problem::failed("the meeting of the ranks broke off").into());
@@ -164,7 +164,7 @@ impl Launch {
                 locals.give_up();
                 return match meeting.recv_timeout(AFTERTHOUGHT) {
                     Ok(Ok(world)) => Ok(world),
-                    Ok(Err(error)) => Err(self.no_meeting(error, Some(ended)).into()),
+                    Ok(Err(error)) => Err(self.no_meeting(&error, Some(ended)).into()),
                     Err(_) => {
                         let what = format!("{} {} before all ranks had met", ended.rank, ended.how);
                         Err(with_words(Problem::failed(what), ended).into())
@@ -174,8 +174,8 @@ impl Launch {
         }
     }
 
-    fn no_meeting(&self, error: RendezvousError, ended: Option<Ended>) -> Problem {
-        let help = match &error {
+    fn no_meeting(&self, error: &RendezvousError, ended: Option<Ended>) -> Problem {
+        let help = match error {
             RendezvousError::Incomplete { missing, .. } if missing.is_empty() => {
                 "start all ranks with the same flags, the same files and the same program".to_owned()
             }
@@ -189,7 +189,7 @@ impl Launch {
         };
         let problem = Problem::failed(error.to_string()).help(help);
         // A rank that was refused says so itself, which is known already.
-        let is_told = matches!(&error, RendezvousError::Incomplete { refused, .. } if !refused.is_empty());
+        let is_told = matches!(error, RendezvousError::Incomplete { refused, .. } if !refused.is_empty());
         match ended.filter(|_| !is_told) {
             Some(ended) => with_words(problem, ended),
             None => problem,

@@ -92,6 +92,8 @@ struct CellObject {
     predicted_tpot_ms: f64,
     ttft_predicted_over_measured: Option<f64>,
     tpot_predicted_over_measured: Option<f64>,
+    /// Busy time over wall time, a stage each.
+    stage_busy: Vec<f64>,
 }
 
 fn shape(config: &ModelConfig) -> ShapeObject {
@@ -112,7 +114,8 @@ fn least_s(work: Work, ceilings: Ceilings) -> f64 {
     (work.bytes as f64 / ceilings.read_bytes_per_s).max(work.flops as f64 / ceilings.flops_per_s)
 }
 
-fn cell_object(measured: &Measured, ceilings: Ceilings) -> CellObject {
+fn cell_object(measured: &Measured, report: &Report) -> CellObject {
+    let ceilings = report.ceilings;
     let Measured { cell, times, predictions, decode, prefill } = measured;
     let (ttft, tpot) = (Quantiles::of(&times.ttft), Quantiles::of(&times.steps));
     let tpot_s = tpot.map(|quantiles| quantiles.p50 / 1e3);
@@ -142,6 +145,7 @@ fn cell_object(measured: &Measured, ceilings: Ceilings) -> CellObject {
         predicted_tpot_ms: predictions.tpot_s * 1e3,
         ttft_predicted_over_measured: over(predictions.ttft_s, ttft),
         tpot_predicted_over_measured: over(predictions.tpot_s, tpot),
+        stage_busy: times.stage_busy(report.plan.mesh),
     }
 }
 
@@ -179,7 +183,7 @@ pub fn benchmark_json(report: &Report) -> serde_json::Result<String> {
         load_ms: milliseconds(report.load),
         warmups: report.warmups,
         repeats: report.repeats,
-        results: report.cells.iter().map(|cell| cell_object(cell, report.ceilings)).collect(),
+        results: report.cells.iter().map(|cell| cell_object(cell, report)).collect(),
     };
     Ok(serde_json::to_string(&object)? + "\n")
 }
@@ -191,6 +195,25 @@ fn quantiles(quantiles: Option<Quantiles>) -> String {
 
 fn number(value: Option<f64>, digits: usize) -> String {
     value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"))
+}
+
+/// How much of the time each stage computed; two that do so at the same time come to more than 100 % together.
+fn stage_lines(report: &Report) -> String {
+    let (mesh, stages) = (report.plan.mesh, &report.plan.stages);
+    let mut out = format!("\n{mesh}, layers a stage {stages:?}; busy time over wall time of each stage:\n");
+    for Measured { cell, times, .. } in &report.cells {
+        let busy =
+            times.stage_busy(mesh).iter().map(|busy| format!("{:.0} %", busy * 100.0)).collect::<Vec<_>>();
+        let _ = writeln!(
+            out,
+            "{:>5} {:>6} {:>5} | {}",
+            cell.batch,
+            cell.prompt_len,
+            cell.new_tokens,
+            busy.join(", ")
+        );
+    }
+    out
 }
 
 /// The report for people; the lines below the table are part of it.
@@ -210,7 +233,7 @@ pub fn benchmark_table(report: &Report) -> String {
         "plan/ran"
     );
     for measured in &report.cells {
-        let cell = cell_object(measured, report.ceilings);
+        let cell = cell_object(measured, report);
         let percent = |share: Option<f64>| number(share.map(|share| share * 100.0), 0);
         let _ = writeln!(
             out,
@@ -228,6 +251,9 @@ pub fn benchmark_table(report: &Report) -> String {
             number(cell.ttft_predicted_over_measured, 2),
             number(cell.tpot_predicted_over_measured, 2),
         );
+    }
+    if report.plan.mesh.world_size() > 1 {
+        out.push_str(&stage_lines(report));
     }
     let (ceilings, device, origin) = (report.ceilings, &report.device, &report.origin);
     let _ = write!(
