@@ -72,6 +72,8 @@ pub struct Measured {
     pub decode: Work,
     /// What taking in one prompt reads and computes.
     pub prefill: Work,
+    /// What the machine could do at best around that time.
+    pub ceilings: Ceilings,
 }
 
 /// Everything that a report says.
@@ -80,7 +82,7 @@ pub struct Report {
     pub origin: Origin,
     /// Where they were measured.
     pub device: crate::session::DeviceReport,
-    /// What it can do at best.
+    /// What it can do at best, measured before the cells.
     pub ceilings: Ceilings,
     /// Name of the model.
     pub model: String,

@@ -10,7 +10,7 @@ use crate::interrupt;
 use crate::launch::{self, Launch};
 use crate::problem::Problem;
 use crate::render::{self, Console, LoadBar};
-use crate::session::{self, Crew, Rates, Setting};
+use crate::session::{self, Crew, Rates, Session, Setting};
 
 /// Runs the command.
 pub fn run(args: BenchmarkArgs, console: &Console) -> anyhow::Result<Ending> {
@@ -33,11 +33,11 @@ fn report(request: &BenchmarkRequest, launch: &Launch, console: &Console) -> any
     console.note("measuring what this machine can do");
     // All its ranks together, before any of them runs.
     let (all_cores, device) = session::backend(request.device)?;
-    let mut ceilings = Ceilings::measure(&all_cores);
+    let ceilings = Ceilings::measure(&all_cores);
     drop(all_cores);
     let crew = Crew::gather(launch, &model, console)?;
     // Machines are taken to be alike.
-    ceilings = ceilings.times(launch.world_size() as f64 / launch.local_size as f64);
+    let ceilings = ceilings.times(launch.world_size() as f64 / launch.local_size as f64);
     let rates = Rates {
         read_bytes_per_s: ceilings.read_bytes_per_s / launch.world_size() as f64,
         flops_per_s: ceilings.flops_per_s / launch.world_size() as f64,
@@ -62,6 +62,11 @@ fn report(request: &BenchmarkRequest, launch: &Launch, console: &Console) -> any
 
     let interrupt = interrupt::listen()?;
     let mut cells = Vec::new();
+    // A machine that is shared reads faster at one time than at another, so each cell has its own limit. One rank alone
+    // cannot tell for others that read at the same time.
+    let is_alone = launch.world_size() == 1;
+    let rate = |session: &mut Session| is_alone.then(|| bench::read_rate(session.engine.backend()).0);
+    let mut before = rate(&mut session);
     for (&cell, predictions) in request.cells.iter().zip(predicted) {
         let Cell { batch, prompt_len, new_tokens } = cell;
         console.note(&format!("measuring batch {batch}, prompt {prompt_len}, new tokens {new_tokens}"));
@@ -71,11 +76,12 @@ fn report(request: &BenchmarkRequest, launch: &Launch, console: &Console) -> any
         let times = times.map_err(|error| launch::explain(error, &mut session.locals))?;
         let Some(times) = times else { return Ok(None) };
         let (decode, prefill) = bench::work_of(&plan, cell);
-        cells.push(Measured { cell, times, predictions, decode, prefill });
+        let after = rate(&mut session);
+        let around = before.zip(after).map(|(before, after)| f64::midpoint(before, after));
+        before = after;
+        let ceilings = around.map_or(ceilings, |read_bytes_per_s| Ceilings { read_bytes_per_s, ..ceilings });
+        cells.push(Measured { cell, times, predictions, decode, prefill, ceilings });
     }
-    // Other work on the machine only ever slows a pass down.
-    let (again, _) = bench::read_rate(session.engine.backend());
-    ceilings.read_bytes_per_s = ceilings.read_bytes_per_s.max(again);
     let (warmups, repeats) = (request.warmups, request.repeats);
     let origin = Origin::now();
     let (model, load) = (model.name, session.load);

@@ -83,6 +83,8 @@ struct CellObject {
     tokens_per_s: Option<f64>,
     decode_tokens_per_s: Option<f64>,
     decode_bytes: u64,
+    /// Reading memory, around the time of this cell.
+    read_bytes_per_s: f64,
     decode_bytes_per_s: Option<f64>,
     decode_share_of_read: Option<f64>,
     decode_share_of_limit: Option<f64>,
@@ -115,12 +117,12 @@ fn least_s(work: Work, ceilings: Ceilings) -> f64 {
 }
 
 fn cell_object(measured: &Measured, report: &Report) -> CellObject {
-    let ceilings = report.ceilings;
-    let Measured { cell, times, predictions, decode, prefill } = measured;
+    let &Measured { cell, ref times, predictions, decode, prefill, ceilings } = measured;
     let (ttft, tpot) = (Quantiles::of(&times.ttft), Quantiles::of(&times.steps));
     let tpot_s = tpot.map(|quantiles| quantiles.p50 / 1e3);
     // A batch's prompts share steps, so that only a single one's time is that of its own work.
-    let prefill_s = ttft.filter(|_| cell.batch == 1).map(|quantiles| quantiles.p50 / 1e3);
+    let ttft_alone = ttft.filter(|_| cell.batch == 1);
+    let prefill_s = ttft_alone.map(|quantiles| quantiles.p50 / 1e3);
     let round_s = Quantiles::of(&times.rounds).map(|quantiles| quantiles.p50 / 1e3);
     let bytes_per_s = tpot_s.map(|s| decode.bytes as f64 / s);
     let flops_per_s = prefill_s.map(|s| prefill.flops as f64 / s);
@@ -136,14 +138,15 @@ fn cell_object(measured: &Measured, report: &Report) -> CellObject {
         tokens_per_s: round_s.map(|s| (cell.batch * cell.new_tokens) as f64 / s),
         decode_tokens_per_s: tpot_s.map(|s| cell.batch as f64 / s),
         decode_bytes: decode.bytes as u64,
+        read_bytes_per_s: ceilings.read_bytes_per_s,
         decode_bytes_per_s: bytes_per_s,
         decode_share_of_read: bytes_per_s.map(|rate| rate / ceilings.read_bytes_per_s),
-        decode_share_of_limit: tpot_s.map(|s| least_s(*decode, ceilings) / s),
+        decode_share_of_limit: tpot_s.map(|s| least_s(decode, ceilings) / s),
         prefill_flops_per_s: flops_per_s,
         prefill_share_of_flops: flops_per_s.map(|rate| rate / ceilings.flops_per_s),
         predicted_ttft_ms: predictions.ttft_s * 1e3,
         predicted_tpot_ms: predictions.tpot_s * 1e3,
-        ttft_predicted_over_measured: over(predictions.ttft_s, ttft),
+        ttft_predicted_over_measured: over(predictions.ttft_s, ttft_alone),
         tpot_predicted_over_measured: over(predictions.tpot_s, tpot),
         stage_busy: times.stage_busy(report.plan.mesh),
     }
@@ -255,15 +258,17 @@ pub fn benchmark_table(report: &Report) -> String {
     if report.plan.mesh.world_size() > 1 {
         out.push_str(&stage_lines(report));
     }
-    let (ceilings, device, origin) = (report.ceilings, &report.device, &report.origin);
+    let (device, origin) = (&report.device, &report.origin);
+    let rates = || report.cells.iter().map(|cell| cell.ceilings.read_bytes_per_s / 1e9);
     let _ = write!(
         out,
-        "\nGB/s: bytes that a decode step must read over TPOT p50; % read: of {:.2} GB/s, which this machine reads; \
-         % best: of what reading and multiplying ({:.0} GFLOP/s) allow together\n\
-         GFLOP/s: of taking in a single prompt; plan/ran: foretold over measured TTFT and TPOT\n\
+        "\nGB/s: bytes that a decode step must read over TPOT p50; % read: of what this machine reads, {:.1} to {:.1} \
+         GB/s around these cells; % best: of what reading and multiplying ({:.0} GFLOP/s) allow together\n\
+         GFLOP/s: of taking in a single prompt; plan/ran: foretold over measured TTFT (of a single prompt) and TPOT\n\
          model={} dtype={} device=\"{}\" threads={} path={} commit={} date={} command=\"{}\"\n",
-        ceilings.read_bytes_per_s / 1e9,
-        ceilings.flops_per_s / 1e9,
+        rates().fold(f64::MAX, f64::min),
+        rates().fold(0.0, f64::max),
+        report.ceilings.flops_per_s / 1e9,
         report.model,
         report.plan.model.weight_dtype.name(),
         device.name,
