@@ -98,10 +98,14 @@ pub struct Report {
     pub cells: Vec<Measured>,
 }
 
-/// What a cell's steps read and compute: halfway through decoding, and for one prompt.
+/// What a cell's steps read and compute on all ranks together: halfway through decoding, and for one prompt. Ranks that
+/// share a stage count alike, as the busiest of them.
 pub fn work_of(plan: &Plan, cell: Cell) -> (Work, Work) {
-    let cost = CostModel::of(plan);
-    let total = |shape| cost.step(shape).iter().fold(Work::default(), |sum, stage| sum + stage.total());
+    let (cost, ranks) = (CostModel::of(plan), plan.mesh.tp as u128);
+    let total = |shape| {
+        let one = cost.step(shape).iter().fold(Work::default(), |sum, stage| sum + stage.total());
+        Work { bytes: one.bytes * ranks, flops: one.flops * ranks }
+    };
     let context = cell.prompt_len + cell.new_tokens / 2;
     (total(StepShape::decode(cell.batch, context)), total(StepShape::prefill(1, cell.prompt_len)))
 }
