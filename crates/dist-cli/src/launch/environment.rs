@@ -28,7 +28,7 @@ impl Launcher {
     /// Its name for people.
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Torchrun => "torchrun's variables",
+            Self::Torchrun => "torchrun",
             Self::OpenMpi => "Open MPI",
             Self::Slurm => "Slurm",
         }
@@ -205,4 +205,121 @@ fn optional(vars: &Variables, name: &str) -> Result<Option<usize>, Problem> {
 fn port_number(vars: &Variables, name: &str) -> Result<u16, Problem> {
     let port = number(vars, name)?;
     u16::try_from(port).map_err(|_| Problem::usage(format!("{name}={port} is no port")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `mpirun -n 2` of Open MPI 4.1.4, rank 1.
+    const OPEN_MPI: &str = "OMPI_COMM_WORLD_LOCAL_RANK=1 OMPI_COMM_WORLD_LOCAL_SIZE=2 OMPI_COMM_WORLD_NODE_RANK=1 \
+        OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2 OMPI_MCA_ess_base_jobid=1063321601 \
+        OMPI_MCA_orte_ess_node_rank=1 OMPI_MCA_orte_ess_num_procs=2 \
+        OMPI_MCA_orte_hnp_uri=1063321600.0;tcp://192.0.2.2:60207 PMIX_NAMESPACE=1063321601 PMIX_RANK=1";
+
+    /// `srun -N2 -n4 --mpi=none` of Slurm 22.05, task 3.
+    const SRUN: &str = "SLURM_CPUS_ON_NODE=2 SLURM_GTIDS=2,3 SLURM_JOB_ID=1 SLURM_JOB_NODELIST=n[1-2] \
+        SLURM_JOB_NUM_NODES=2 SLURM_LOCALID=1 SLURM_NNODES=2 SLURM_NODEID=1 SLURM_NPROCS=4 SLURM_NTASKS=4 \
+        SLURM_PROCID=3 SLURM_STEP_ID=0 SLURM_STEP_NODELIST=n[1-2] SLURM_STEP_NUM_NODES=2 SLURM_STEP_NUM_TASKS=4 \
+        SLURM_STEP_TASKS_PER_NODE=2(x2) SLURM_TASKS_PER_NODE=2(x2)";
+
+    /// The script of `sbatch -N2 -n4` of Slurm 22.05: a task number, but no step that would have started four.
+    const SBATCH: &str = "SLURM_JOB_ID=2 SLURM_JOB_NODELIST=n[1-2] SLURM_JOB_NUM_NODES=2 SLURM_LOCALID=0 SLURM_NNODES=2 \
+        SLURM_NODEID=0 SLURM_NPROCS=4 SLURM_NTASKS=4 SLURM_PROCID=0 SLURM_TASKS_PER_NODE=2(x2)";
+
+    /// `torchrun --standalone --nproc-per-node 2`, rank 1.
+    const TORCHRUN: &str = "GROUP_RANK=0 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2 MASTER_ADDR=node7 MASTER_PORT=29500 RANK=1 \
+        ROLE_RANK=1 ROLE_WORLD_SIZE=2 TORCHELASTIC_RESTART_COUNT=0 TORCHELASTIC_RUN_ID=none \
+        TORCHELASTIC_USE_AGENT_STORE=True WORLD_SIZE=2";
+
+    fn variables(texts: &[&str]) -> Variables {
+        let words = texts.iter().flat_map(|text| text.split_whitespace());
+        words
+            .map(|word| {
+                word.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned())).unwrap()
+            })
+            .collect()
+    }
+
+    fn found(texts: &[&str]) -> Option<Launched> {
+        detect(&variables(texts)).unwrap()
+    }
+
+    fn refusal(texts: &[&str]) -> String {
+        detect(&variables(texts)).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn mpirun_says_everything_but_a_port() {
+        let launched = found(&[OPEN_MPI]).unwrap();
+        assert_eq!((launched.by, launched.rank, launched.world_size), (Launcher::OpenMpi, 1, 2));
+        assert_eq!((launched.local_rank, launched.local_size, launched.is_one_machine), (1, Some(2), true));
+        let master = launched.master.unwrap();
+        assert_eq!(master.host, "127.0.0.1");
+        assert!((10_000..30_000).contains(&master.port));
+        let other_rank = OPEN_MPI.replace("RANK=1", "RANK=0");
+        assert_eq!(found(&[&other_rank]).unwrap().master.unwrap(), master, "all ranks come to one port");
+        let other_job = OPEN_MPI.replace("1063321601", "1063321602");
+        assert_ne!(found(&[&other_job]).unwrap().master.unwrap(), master);
+        let two_machines = OPEN_MPI.replace("WORLD_SIZE=2", "WORLD_SIZE=4");
+        let launched = found(&[&two_machines]).unwrap();
+        assert_eq!((launched.is_one_machine, launched.master), (false, None));
+    }
+
+    #[test]
+    fn srun_says_which_node_is_the_first() {
+        let launched = found(&[SRUN]).unwrap();
+        assert_eq!((launched.by, launched.rank, launched.world_size), (Launcher::Slurm, 3, 4));
+        assert_eq!((launched.local_rank, launched.local_size, launched.is_one_machine), (1, Some(2), false));
+        assert_eq!(launched.master.map(|master| master.host).as_deref(), Some("n1"));
+        assert_eq!(launched.other_node.as_deref(), Some("n2"));
+        let one_node = SRUN.replace("STEP_NODELIST=n[1-2]", "STEP_NODELIST=n2");
+        let launched = found(&[&one_node]).unwrap();
+        assert_eq!(launched.master.map(|master| master.host).as_deref(), Some("127.0.0.1"));
+        assert!(launched.is_one_machine);
+        let wrong = SRUN.replace("STEP_NODELIST=n[1-2]", "STEP_NODELIST=n[1-");
+        assert_eq!(refusal(&[&wrong]), "SLURM_STEP_NODELIST=n[1- is no list of nodes");
+    }
+
+    #[test]
+    fn a_batch_script_is_no_rank() {
+        assert_eq!(found(&[SBATCH]), None);
+    }
+
+    #[test]
+    fn torchruns_own_port_is_left_to_it() {
+        let launched = found(&[TORCHRUN]).unwrap();
+        assert_eq!((launched.by, launched.rank, launched.local_size), (Launcher::Torchrun, 1, Some(2)));
+        let master = launched.master.unwrap();
+        assert_eq!(master.host, "node7");
+        assert_ne!(master.port, 29500);
+        let by_hand = "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29501";
+        let launched = found(&[by_hand]).unwrap();
+        assert_eq!(launched.master.map(|master| master.port), Some(29501));
+        assert!(launched.is_one_machine, "all ranks reach a loopback address");
+    }
+
+    #[test]
+    fn the_innermost_complete_launcher_wins() {
+        assert_eq!(found(&[SRUN, OPEN_MPI, TORCHRUN]).unwrap().by, Launcher::Torchrun);
+        assert_eq!(found(&[SRUN, OPEN_MPI]).unwrap().by, Launcher::OpenMpi);
+        let incomplete = "MASTER_ADDR=node7 MASTER_PORT=29500";
+        assert_eq!(found(&[SRUN, incomplete]).unwrap().by, Launcher::Slurm);
+        assert_eq!(found(&[incomplete, "RANK=3"]), None);
+        assert_eq!(found(&[]), None);
+    }
+
+    #[test]
+    fn one_rank_alone_meets_nobody() {
+        let alone = SRUN.replace("SLURM_NTASKS=4", "SLURM_NTASKS=1").replace("PROCID=3", "PROCID=0");
+        assert_eq!(found(&[&alone]), None);
+    }
+
+    #[test]
+    fn nonsense_is_refused_by_name() {
+        let with = |from: &str, to: &str| refusal(&[&TORCHRUN.replace(from, to)]);
+        assert_eq!(with(" RANK=1", " RANK=one"), "RANK=one is no number");
+        assert_eq!(with(" RANK=1", " RANK=2"), "RANK=2 and WORLD_SIZE=2 contradict each other");
+        assert_eq!(with("PORT=29500", "PORT=70000"), "MASTER_PORT=70000 is no port");
+    }
 }
