@@ -1,7 +1,8 @@
 //! Collectives between ranks of this machine: `cargo bench -p dist-comm`. Ranks are threads, each with its own mapping
 //! of the shared memory and its own sockets, as processes have. Prints a table of medians for both algorithms and both
-//! ways, from which `ONE_SHOT_BYTES_MAX` is taken, and the memory-copy bandwidth of the same minute as the limit. Ranks
-//! are pinned, one to a core in turn, because some schedulers pack threads that often wait.
+//! ways, from which `ONE_SHOT_SENT_MAX` is taken, and the memory-copy bandwidth of the same minute as the limit. Ranks
+//! are pinned, one to a core in turn, because some schedulers pack threads that often wait. A second table has the other
+//! calls, and ranks that are threads of one process beside them.
 //!
 //! Arguments that are numbers choose the worlds, e.g. `cargo bench -p dist-comm -- 2 4`.
 
@@ -13,7 +14,7 @@ use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
 use dist_comm::auth::Secret;
-use dist_comm::{CallName, Comm, GroupOptions, JoinRequest, SharedMemory, Tcp, World};
+use dist_comm::{CallName, Comm, GroupOptions, JoinRequest, Local, SharedMemory, Tcp, World};
 use dist_core::raw::RawBuf;
 use dist_core::{DType, Rank};
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -32,9 +33,9 @@ fn main() {
     let (one, all) = (copy_bandwidth(1), copy_bandwidth(2));
     println!("memory copy of 64 MiB: {one:.2} GB/s by one thread, {all:.2} GB/s by two together");
     println!("\nranks way   bytes       one-shot     direct       GB/s  of copy (one thread, two)");
-    for n in worlds {
+    for &n in &worlds {
         for way in [SharedMemory::Use, SharedMemory::Avoid] {
-            for (bytes, medians) in measure(n, way) {
+            for (bytes, medians) in on_worlds(n, way, algorithms) {
                 let cell = |median: Option<Duration>| {
                     median.map_or("       -".to_owned(), |time| format!("{:8.1}", time.as_secs_f64() * 1e6))
                 };
@@ -51,15 +52,48 @@ fn main() {
             }
         }
     }
+    println!(
+        "\nranks call           bytes      threads           shm           tcp     GB/s of shm, of copy"
+    );
+    for &n in &worlds {
+        let tables = [
+            on_threads(n, calls),
+            on_worlds(n, SharedMemory::Use, |tcp| calls(Comm::from(tcp))),
+            on_worlds(n, SharedMemory::Avoid, |tcp| calls(Comm::from(tcp))),
+        ];
+        for (i, (call, bytes, _)) in tables[0].iter().enumerate() {
+            let times = tables.each_ref().map(|table| table[i].2.as_secs_f64());
+            let [threads, shm, tcp] = times.map(|time| format!("{:10.1} µs", time * 1e6));
+            // A gather's bytes are all ranks' together, as they arrive.
+            let rate = *bytes as f64 / times[1] / 1e9;
+            println!("{n:5} {call:10} {bytes:9} {threads} {shm} {tcp} {rate:8.2} {:.2}", rate / one);
+        }
+    }
 }
 
-/// Medians of both algorithms for each size, as rank 0 sees them.
-fn measure(n: usize, way: SharedMemory) -> Vec<(usize, [Option<Duration>; 2])> {
+/// What rank 0 makes of a communicator of `n` threads of one process.
+fn on_threads<T: Send>(n: usize, rank_main: impl Fn(Comm) -> T + Sync) -> T {
+    std::thread::scope(|scope| {
+        let start = |(rank, local)| {
+            let rank_main = &rank_main;
+            scope.spawn(move || {
+                pin(rank);
+                rank_main(Comm::Local(local))
+            })
+        };
+        let ranks: Vec<_> = Local::world(n, LIMIT).into_iter().enumerate().map(start).collect();
+        let mut all: Vec<_> = ranks.into_iter().map(|rank| rank.join().expect("no panic")).collect();
+        all.swap_remove(0)
+    })
+}
+
+/// What rank 0 makes of a communicator of `n` ranks that found each other.
+fn on_worlds<T: Send>(n: usize, way: SharedMemory, rank_main: impl Fn(Tcp) -> T + Sync) -> T {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
     let addr = listener.local_addr().expect("an address");
     std::thread::scope(|scope| {
         let start = |rank: usize| {
-            let listener = &listener;
+            let (listener, rank_main) = (&listener, &rank_main);
             scope.spawn(move || {
                 pin(rank);
                 let request = request(rank, n, way);
@@ -100,7 +134,8 @@ fn request(rank: usize, world_size: usize, shared_memory: SharedMemory) -> JoinR
     }
 }
 
-fn rank_main(mut tcp: Tcp) -> Vec<(usize, [Option<Duration>; 2])> {
+/// Medians of both algorithms of an all-reduce for each size.
+fn algorithms(mut tcp: Tcp) -> Vec<(usize, [Option<Duration>; 2])> {
     let sizes = [1 << 10, 4 << 10, 16 << 10, 32 << 10, 64 << 10, 256 << 10, 1 << 20, 16 << 20, LARGE];
     let mut table = Vec::new();
     for bytes in sizes {
@@ -118,20 +153,62 @@ fn rank_main(mut tcp: Tcp) -> Vec<(usize, [Option<Duration>; 2])> {
 
 fn median(tcp: Tcp, bytes: usize) -> (Tcp, Option<Duration>) {
     let mut comm = Comm::from(tcp);
-    let repeats = (ROTATION / bytes).clamp(9, 3000);
-    let mut buffers: Vec<Vec<u8>> = (0..(ROTATION / bytes).clamp(2, 64)).map(|_| vec![1; bytes]).collect();
+    let time = repeated(bytes, |buf, name| comm.all_reduce_sum(buf, name).expect("all ranks"));
+    let Comm::Tcp(tcp) = comm else { unreachable!("it went in as one") };
+    (*tcp, Some(time))
+}
+
+/// The median time of a call on `bytes`, which change each time.
+fn repeated(bytes: usize, mut call: impl FnMut(RawBuf<'_>, CallName)) -> Duration {
+    let per_buffer = bytes.max(64 << 10);
+    let repeats = (ROTATION / per_buffer).clamp(9, 3000);
+    let mut buffers: Vec<Vec<u8>> =
+        (0..(ROTATION / per_buffer).clamp(2, 64)).map(|_| vec![1; bytes]).collect();
     let mut times: Vec<Duration> = (0..repeats)
         .map(|i| {
             let which = i % buffers.len();
             let buf = RawBuf::Host { bytes: &mut buffers[which], dtype: DType::F32 };
             let start = Instant::now();
-            comm.all_reduce_sum(buf, CallName::new("bench").step(i as u64)).expect("all ranks");
+            call(buf, CallName::new("bench").step(i as u64));
             start.elapsed()
         })
         .collect();
     times.sort_unstable();
-    let Comm::Tcp(tcp) = comm else { unreachable!("it went in as one") };
-    (*tcp, times.get(repeats / 2).copied())
+    times[repeats / 2]
+}
+
+/// Every call at a small and at a large size: its name, its bytes, its median.
+fn calls(mut comm: Comm) -> Vec<(&'static str, usize, Duration)> {
+    let (n, me) = (comm.world_size(), comm.rank());
+    let expect = "all ranks";
+    let mut table = vec![("barrier", 0, repeated(0, |_, name| comm.barrier(name).expect(expect)))];
+    for bytes in [16 << 10, LARGE] {
+        let time = repeated(bytes, |buf, name| comm.all_reduce_sum(buf, name).expect(expect));
+        table.push(("all_reduce", bytes, time));
+        let mut part = vec![1; bytes / n];
+        let time = repeated(bytes, |all, name| {
+            comm.all_gather(RawBuf::Host { bytes: &mut part, dtype: DType::F32 }, all, name).expect(expect);
+        });
+        table.push(("all_gather", bytes, time));
+        let time = repeated(bytes, |buf, name| comm.broadcast(buf, Rank(0), name).expect(expect));
+        table.push(("broadcast", bytes, time));
+        // There and back between the first two; the others wait.
+        let time = repeated(bytes, |buf, name| {
+            let RawBuf::Host { bytes, dtype } = buf else { unreachable!("it is made here") };
+            let peer = Rank(1 - me.0.min(1));
+            for is_there in [true, false] {
+                let buf = RawBuf::Host { bytes: &mut *bytes, dtype };
+                match me.0 {
+                    0 | 1 if (me.0 == 0) == is_there => comm.send(buf, peer, name).expect(expect),
+                    0 | 1 => comm.recv(buf, peer, name).expect(expect),
+                    _ => {}
+                }
+            }
+        });
+        comm.barrier(CallName::new("the next size")).expect(expect);
+        table.push(("send, recv", bytes, time / 2));
+    }
+    table
 }
 
 /// GB/s of copying 64 MiB, by all threads together.

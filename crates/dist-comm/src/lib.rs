@@ -61,7 +61,7 @@ pub use local::Local;
 pub use rendezvous_io::{JoinRequest, SharedMemory};
 pub use solo::Solo;
 pub use tcp::Tcp;
-pub use world::{GroupOptions, World};
+pub use world::{Ahead, GroupOptions, World};
 
 /// How long a call waits for other ranks unless told otherwise.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(60);

@@ -6,15 +6,20 @@
 
 #![allow(unsafe_code)]
 
+mod pace;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+
+use pace::{Pace, Way};
 
 /// Bytes before a packet's payload in its slot; the first four are the payload's length.
 const SLOT_HEADER_BYTES: usize = 64;
@@ -101,8 +106,9 @@ impl Segment {
         Ok(segment)
     }
 
+    /// With its pages in place, so that the first lap costs as much as any other.
     fn map(file: File, shape: RingShape) -> io::Result<Self> {
-        let map = MmapOptions::new().len(shape.segment_bytes()).map_raw(&file)?;
+        let map = MmapOptions::new().len(shape.segment_bytes()).populate().map_raw(&file)?;
         Ok(Self { map, shape, file })
     }
 
@@ -112,7 +118,8 @@ impl Segment {
         let segment = Arc::new(self);
         let ring = |idx: usize| Ring { segment: Arc::clone(&segment), at: 4096 + idx * shape.ring_bytes() };
         let (out, into) = if is_maker { (0, 1) } else { (1, 0) };
-        (Producer { ring: ring(out), head: 0, tail: 0 }, Consumer { ring: ring(into), head: 0, tail: 0 })
+        let producer = Producer { ring: ring(out), head: 0, tail: 0, pace: Pace::default() };
+        (producer, Consumer { ring: ring(into), head: 0, tail: 0 })
     }
 }
 
@@ -153,12 +160,14 @@ impl Ring {
     }
 }
 
-/// Payloads below this are written through the caches.
-#[cfg(target_arch = "x86_64")]
-const STREAM_BYTES_MIN: usize = 1 << 10;
+/// Payloads below this are written through the caches, where nothing is to be gained.
+const PAST_BYTES_MIN: usize = 1 << 10;
 
-/// Copies `payload` to `to` without first fetching the lines that lie there. The peer has them in its cache since it
-/// read the packet before; taking them back costs ten times as much as the copy itself.
+/// Payloads below this are written past the caches: the slots hold so few bytes in all that the peer still has the lines
+/// in its own cache since it read them last, and taking them back costs ten times as much as the copy itself.
+const PACED_BYTES_MIN: usize = 24 << 10;
+
+/// Copies `payload` to `to` without first fetching the lines that lie there.
 ///
 /// # Safety
 /// `to` is a multiple of 16, `payload.len()` bytes are writable there, and nobody else touches them until a release
@@ -169,7 +178,7 @@ const STREAM_BYTES_MIN: usize = 1 << 10;
 unsafe fn write_past_caches(to: *mut u8, payload: &[u8]) {
     use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
 
-    let whole = if payload.len() < STREAM_BYTES_MIN { 0 } else { payload.len() / 16 * 16 };
+    let whole = payload.len() / 16 * 16;
     // SAFETY: loads stay in `payload` and stores in the bytes that the caller vouches for, aligned because `to` is and
     // `at` counts by 16. The fence orders streaming stores before the caller's release store, which alone would not.
     unsafe {
@@ -192,6 +201,30 @@ unsafe fn write_past_caches(to: *mut u8, payload: &[u8]) {
     unsafe { std::ptr::copy_nonoverlapping(payload.as_ptr(), to, payload.len()) };
 }
 
+/// Copies `payload` to `to` by the way that suits its size and the place of the two cores.
+///
+/// # Safety
+/// As [`write_past_caches`].
+unsafe fn write(to: *mut u8, payload: &[u8], pace: &mut Pace) {
+    let len = payload.len();
+    let paced = (len >= PACED_BYTES_MIN).then(|| (pace.choose(), Instant::now()));
+    let way = match paced {
+        Some((way, _)) => way,
+        None if len < PAST_BYTES_MIN => Way::Through,
+        None => Way::Past,
+    };
+    // SAFETY: the caller vouches for the bytes.
+    unsafe {
+        match way {
+            Way::Through => std::ptr::copy_nonoverlapping(payload.as_ptr(), to, len),
+            Way::Past => write_past_caches(to, payload),
+        }
+    }
+    if let Some((way, start)) = paced {
+        pace.took(way, len, start.elapsed().as_nanos() as f32);
+    }
+}
+
 /// The writing end of a ring.
 #[derive(Debug)]
 pub(crate) struct Producer {
@@ -199,6 +232,7 @@ pub(crate) struct Producer {
     head: u64,
     /// The peer's `tail` as last read.
     tail: u64,
+    pace: Pace,
 }
 
 impl Producer {
@@ -220,7 +254,7 @@ impl Producer {
         unsafe {
             std::ptr::copy_nonoverlapping(len.as_ptr(), slot, len.len());
             std::ptr::copy_nonoverlapping(label.as_ptr(), slot.add(8), LABEL_BYTES);
-            write_past_caches(slot.add(SLOT_HEADER_BYTES), payload);
+            write(slot.add(SLOT_HEADER_BYTES), payload, &mut self.pace);
         }
         self.head = self.head.wrapping_add(1);
         self.ring.head().store(self.head, Ordering::Release);

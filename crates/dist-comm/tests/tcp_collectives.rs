@@ -18,14 +18,16 @@ const WAYS: [SharedMemory; 2] = [SharedMemory::Use, SharedMemory::Avoid];
 /// Around every border that an algorithm has, odd ones among them.
 fn lengths(n: usize) -> Vec<usize> {
     let packet = Tcp::PACKET_BYTES / 4;
+    // From one shot to parts.
+    let border = (32 << 10) / 4 / (n - 1).max(1);
     vec![
         0,
         1,
         3,
         257,
-        8191,
-        8192,
-        8193,
+        border - 1,
+        border,
+        border + 1,
         packet - 1,
         packet + 1,
         n * packet - 3,

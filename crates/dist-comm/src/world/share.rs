@@ -9,7 +9,7 @@ use dist_core::Rank;
 use dist_core::shape::div_ceil;
 use serde::{Deserialize, Serialize};
 
-use super::GroupOptions;
+use super::Ahead;
 use super::mesh::Line;
 use crate::auth::random_bytes;
 use crate::codec::{FrameDecoder, HANDSHAKE_LIMIT, from_bytes, message_frame};
@@ -39,10 +39,14 @@ pub(super) fn share(
     members: &[Member],
     me: Rank,
     lines: Vec<Line>,
-    options: GroupOptions,
+    ahead: Ahead,
     limit: Duration,
 ) -> Result<Vec<(Rank, Link)>, RendezvousError> {
-    let n_slots = div_ceil(options.ahead_bytes, PACKET_BYTES).max(SLOTS_MIN);
+    let ahead_bytes = match ahead {
+        Ahead::Together(bytes) => bytes / lines.len().max(1),
+        Ahead::Each(bytes) => bytes,
+    };
+    let n_slots = div_ceil(ahead_bytes, PACKET_BYTES).max(SLOTS_MIN);
     let shape = RingShape { n_slots, payload_bytes: PACKET_BYTES };
     let is_near = |rank: Rank| members[rank.0].host == members[me.0].host;
     let deadline = Deadline::after(limit);
