@@ -44,23 +44,26 @@ struct Run {
 
 /// Starts four ranks and waits until text comes.
 fn decoding(new_tokens: &str, timeout: &str) -> Run {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempfile::tempdir().expect("it goes well");
     let args = [&LONG[..], &["--max-new-tokens", new_tokens, "--collective-timeout", timeout]].concat();
-    let mut child =
-        program_in(dir.path(), &args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut child = program_in(dir.path(), &args)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("it goes well");
+    let mut stderr = BufReader::new(child.stderr.take().expect("it goes well"));
     let mut followers = Vec::new();
     for line in stderr.by_ref().lines() {
-        let line = line.unwrap();
+        let line = line.expect("it goes well");
         if let Some((_, pid)) = line.split_once(": pid ").filter(|_| !line.starts_with("rank 0")) {
-            followers.push(pid.parse().unwrap());
+            followers.push(pid.parse().expect("it goes well"));
         }
         if line.starts_with("load weights") {
             break;
         }
     }
     assert_eq!(followers.len(), 3);
-    child.stdout.as_mut().unwrap().read_exact(&mut [0; 1]).unwrap();
+    child.stdout.as_mut().expect("it goes well").read_exact(&mut [0; 1]).expect("it goes well");
     Run { child, followers, stderr, _dir: dir }
 }
 
@@ -86,8 +89,8 @@ impl Run {
     fn ended(mut self) -> Ran {
         let start = Instant::now();
         let mut err = String::new();
-        self.stderr.read_to_string(&mut err).unwrap();
-        let ran = Ran::from(self.child.wait_with_output().unwrap());
+        self.stderr.read_to_string(&mut err).expect("it goes well");
+        let ran = Ran::from(self.child.wait_with_output().expect("it goes well"));
         while self.followers.iter().any(|&pid| is_alive(pid)) {
             assert!(start.elapsed() < PATIENCE, "ranks are left: {:?}", self.followers);
             std::thread::sleep(Duration::from_millis(5));
@@ -166,9 +169,35 @@ fn a_stopped_rank_is_named_at_the_deadline() {
 }
 
 #[test]
-fn a_rank_that_ends_before_all_have_met_is_not_waited_for() {
+fn a_rank_that_fails_before_all_have_met_is_not_waited_for() {
     let dir = tempfile::tempdir().unwrap();
-    // A rank that is not a child of who it says started it ends at once.
+    let made = Command::new("mkfifo").arg(dir.path().join("dist.toml")).status().expect("mkfifo runs");
+    assert!(made.success());
+    let args = ["infer", "--config", "dist.toml", "-v"];
+    let mut child =
+        program_in(dir.path(), &args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // Each process that opens the pipe reads its own settings.
+    std::fs::write(dir.path().join("dist.toml"), "tp = 2\n").unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.starts_with("rank 1: pid ") {
+        line.clear();
+        assert!(stderr.read_line(&mut line).unwrap() > 0, "it starts a rank");
+    }
+    let start = Instant::now();
+    std::fs::write(dir.path().join("dist.toml"), "tp = 'two'\n").unwrap();
+    let mut err = String::new();
+    stderr.read_to_string(&mut err).unwrap();
+    assert_eq!(Ran::from(child.wait_with_output().unwrap()).code, Some(1));
+    let told = "error: rank 1 ended with exit code 2 before all ranks had met\n\
+                cause: dist.toml has a value that does not fit: invalid value 'two'";
+    assert!(err.contains(told), "{err}");
+    assert!(start.elapsed() < PATIENCE, "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_rank_whose_parent_is_gone_ends_at_once() {
+    let dir = tempfile::tempdir().unwrap();
     let ran = Ran::from(program_in(dir.path(), &["infer"]).env("DIST_STARTED_BY", "1").output().unwrap());
     assert_eq!(ran.code, Some(1));
     assert_eq!(ran.err, "error: the process that started this rank is gone\n");

@@ -43,14 +43,14 @@ fn scores(answer: &Value) -> Vec<f64> {
 fn same_on_every_mesh(args: &[&str], n_layers: usize, divides: impl Fn(usize) -> bool) {
     let expected = infer_json(args);
     for (tp, pp) in MESHES {
-        if pp.parse::<usize>().unwrap() > n_layers {
+        if pp.parse::<usize>().expect("it goes well") > n_layers {
             continue;
         }
         let answer = infer_json(&[args, &["--tp", tp, "--pp", pp]].concat());
         assert_eq!(ids(&answer, "ids"), ids(&expected, "ids"), "tp {tp} pp {pp}");
         let (ours, theirs) = (scores(&answer), scores(&expected));
         assert_eq!(ours.len(), theirs.len());
-        if divides(tp.parse().unwrap()) {
+        if divides(tp.parse().expect("it goes well")) {
             assert_eq!(ours, theirs, "tp {tp} pp {pp}: the same bits");
         } else {
             let off = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
@@ -180,7 +180,7 @@ fn torchrun_rank(rank: usize, port: u16, args: &[&str]) -> Child {
 
 /// A port that was free a moment ago.
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    TcpListener::bind("127.0.0.1:0").expect("it goes well").local_addr().expect("it goes well").port()
 }
 
 fn end(child: Child) -> Ran {

@@ -5,7 +5,7 @@
 
 mod load;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use dist_comm::{CallName, Comm};
 use dist_core::{Activation, KvLayout, ModelConfig, NormPosition, Rank};
@@ -16,7 +16,7 @@ use dist_kernels::args::{
 };
 use dist_kernels::weight::Weight;
 
-use crate::runner::RunError;
+use crate::runner::{RunError, timed};
 use crate::workspace::{StepShape, Workspace};
 
 pub use load::{LoadError, LoadProgress};
@@ -130,14 +130,6 @@ impl<B: Backend> Context<'_, B> {
         let raw = self.backend.raw(partial, self.step.rows * width);
         Ok(timed(self.waited, || self.tp.all_reduce_sum(raw, name))?)
     }
-}
-
-/// Adds to `waited` what `wait` takes.
-pub(crate) fn timed<T>(waited: &mut Duration, wait: impl FnOnce() -> T) -> T {
-    let start = Instant::now();
-    let result = wait();
-    *waited += start.elapsed();
-    result
 }
 
 /// A linear layer without prologue.

@@ -12,7 +12,7 @@ use dist_kernels::args::{GatherRowsArgs, KvLayer, SampleArgs, SampleRow};
 use dist_kernels::{Backend, KernelError};
 use serde::{Deserialize, Serialize};
 
-use crate::decoder::{Context, Decoder, timed};
+use crate::decoder::{Context, Decoder};
 use crate::step::{InputToken, Sampled, StepBatch, StepOutput};
 use crate::workspace::{MAX_TOP, StepShape, Workspace};
 
@@ -73,6 +73,14 @@ pub struct Usage {
     pub busy: Duration,
     /// In calls between ranks, which is mostly waiting for them.
     pub waiting: Duration,
+}
+
+/// Adds to `waited` what `wait` takes.
+pub(crate) fn timed<T>(waited: &mut Duration, wait: impl FnOnce() -> T) -> T {
+    let start = Instant::now();
+    let result = wait();
+    *waited += start.elapsed();
+    result
 }
 
 /// Host copies of a step's arrays, kept between steps.

@@ -262,3 +262,89 @@ fn launched_master(launched: &Launched, flag: Option<Master>) -> Result<Option<M
         (Some(flag), _) => Ok(Some(flag)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn degrees(tp: Option<usize>, pp: Option<usize>) -> Degrees {
+        Degrees { tp, pp, stages: None }
+    }
+
+    fn under_torchrun(rank: usize, world_size: usize) -> How {
+        let variables =
+            [("RANK", rank), ("WORLD_SIZE", world_size), ("LOCAL_RANK", rank), ("MASTER_PORT", 9)];
+        let mut variables: Variables =
+            variables.iter().map(|&(name, value)| (name.to_owned(), value.to_string())).collect();
+        variables.insert("MASTER_ADDR".to_owned(), "localhost".to_owned());
+        How::Other(detect(&variables).unwrap().unwrap())
+    }
+
+    fn launch(how: How, split: &Degrees) -> Launch {
+        let Place { mesh, rank, local_rank, local_size } = place(split, &how).unwrap();
+        let request = MeshRequest {
+            degrees: split.clone(),
+            plan: None,
+            nodes: None,
+            master: None,
+            secret_file: None,
+            collective_timeout: Duration::from_secs(1),
+            rendezvous_timeout: Duration::from_secs(1),
+            shares_memory: true,
+        };
+        let split = Split { mesh, stages: None };
+        let (rank, planned_for, master) = (Rank(rank), None, None);
+        Launch { split, rank, local_rank, local_size, request, how, master, planned_for }
+    }
+
+    #[test]
+    fn degrees_that_are_not_given_fill_up_what_was_started() {
+        let mesh_of = |tp, pp| {
+            let How::Other(launched) = under_torchrun(1, 6) else { panic!("started by another") };
+            mesh(&degrees(tp, pp), Some(&launched))
+                .map(|mesh| (mesh.tp, mesh.pp))
+                .map_err(|error| error.to_string())
+        };
+        assert_eq!(mesh_of(None, None), Ok((6, 1)));
+        assert_eq!(mesh_of(Some(2), None), Ok((2, 3)));
+        assert_eq!(mesh_of(None, Some(6)), Ok((1, 6)));
+        assert_eq!(mesh_of(Some(3), Some(2)), Ok((3, 2)));
+        for (tp, pp) in [(Some(4), None), (Some(3), Some(1)), (Some(6), Some(2)), (None, Some(12))] {
+            assert!(
+                mesh_of(tp, pp).is_err_and(|told| told.contains("WORLD_SIZE=6 (torchrun)")),
+                "{tp:?} {pp:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn machines_take_equal_shares_of_the_ranks() {
+        let of = |n_nodes, node_rank| {
+            let how = How::User(Some(Nodes { n_nodes, node_rank }));
+            place(&degrees(Some(2), Some(3)), &how).map(|place| (place.rank, place.local_size)).ok()
+        };
+        assert_eq!(
+            [of(2, 0), of(2, 1), of(3, 2), of(4, 1)],
+            [Some((0, 3)), Some((3, 3)), Some((4, 2)), None]
+        );
+    }
+
+    #[test]
+    fn ranks_of_one_machine_share_its_threads() {
+        let device = |threads| {
+            let path = dist_kernels::cpu::CpuPath::Auto;
+            DeviceRequest { threads, is_chosen: true, path }
+        };
+        let shares = |threads, n: usize| {
+            let of =
+                |rank| launch(under_torchrun(rank, n), &degrees(None, None)).share(device(threads)).threads;
+            (0..n).map(of).collect::<Vec<_>>()
+        };
+        assert_eq!(shares(8, 2), [4, 4]);
+        assert_eq!(shares(8, 3), [3, 3, 2]);
+        assert_eq!(shares(2, 4), [1, 1, 1, 1]);
+        assert_eq!(launch(How::User(None), &degrees(None, None)).share(device(8)).threads, 8);
+    }
+}

@@ -117,7 +117,8 @@ impl Launch {
             How::User(Some(nodes)) => {
                 console.note(&format!("rank 0 listens at {at}; start the other machines with:"));
                 for node_rank in 1..nodes.n_nodes {
-                    console.note(&format!("  {}", command_of_node(nodes.n_nodes, node_rank, at)));
+                    let args = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
+                    console.note(&format!("  {}", command_of_node(args, nodes.n_nodes, node_rank, at)));
                 }
             }
             How::User(None) | How::Child(_) => {}
@@ -220,11 +221,15 @@ fn begin(meet: impl FnOnce() -> Result<World, RendezvousError> + Send + 'static)
     meeting
 }
 
-/// Our own command line for another machine.
-fn command_of_node(n_nodes: usize, node_rank: usize, master: SocketAddr) -> String {
+/// A command line for another machine, from that of this one.
+fn command_of_node(
+    args: impl Iterator<Item = String>,
+    n_nodes: usize,
+    node_rank: usize,
+    master: SocketAddr,
+) -> String {
     let own = ["--nnodes", "--node-rank", "--master"];
-    let mut words = Vec::new();
-    let mut args = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
+    let (mut words, mut args) = (Vec::new(), args);
     while let Some(word) = args.next() {
         if own.contains(&word.as_str()) {
             args.next();
@@ -288,4 +293,20 @@ pub fn explain(error: anyhow::Error, locals: &mut LocalRanks) -> anyhow::Error {
     let lost = error.downcast_ref::<EngineError>().and_then(EngineError::lost);
     locals.give_up();
     lost.map_or(error, |lost| lost_problem(&lost, locals).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_for_another_machine_can_be_pasted() {
+        let own =
+            ["dist-cli", "infer", "--nnodes=2", "--prompt", "It's $5", "--master", "a:0", "--node-rank", "0"];
+        let at: SocketAddr = "192.0.2.7:4000".parse().unwrap();
+        let told = command_of_node(own.map(str::to_owned).into_iter(), 2, 1, at);
+        let expected =
+            r"dist-cli infer --prompt 'It'\''s $5' --nnodes 2 --node-rank 1 --master 192.0.2.7:4000";
+        assert_eq!(told, expected);
+    }
 }
