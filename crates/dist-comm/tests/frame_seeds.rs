@@ -5,11 +5,18 @@
 
 mod hostile;
 
-use std::path::Path;
+use std::path::PathBuf;
+
+/// The seeds, in the folder that `DIST_REPO` names or in one upwards from the current one.
+fn folder() -> PathBuf {
+    let from = std::env::var_os("DIST_REPO").map_or_else(|| std::env::current_dir().unwrap(), PathBuf::from);
+    let folders = from.ancestors().map(|folder| folder.join("fuzz/seeds/frame"));
+    folders.into_iter().find(|folder| folder.is_dir()).expect("fuzz/seeds/frame")
+}
 
 #[test]
 fn seeds_of_the_fuzz_target_hold() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds/frame");
+    let folder = folder();
     let seeds: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     assert!(seeds.len() >= 6, "{seeds:?}");
     for seed in seeds {
