@@ -117,6 +117,14 @@ impl Comm {
         }
     }
 
+    /// Tells ranks that wait for this one that it is getting on, where calls are far apart: a deadline counts from the
+    /// last word of this kind. Between threads nobody listens.
+    pub fn get_on(&self) {
+        if let Self::Tcp(tcp) = self {
+            tcp.get_on();
+        }
+    }
+
     /// Replaces `buf` by the sum of all ranks' `buf`, in `f32`; the same bits on every rank.
     pub fn all_reduce_sum(&mut self, buf: RawBuf<'_>, name: CallName) -> Result<(), CommError> {
         match self {

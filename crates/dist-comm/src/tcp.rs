@@ -106,6 +106,10 @@ impl Tcp {
         self.members.len()
     }
 
+    pub(crate) fn get_on(&self) {
+        self.watch.board().get_on();
+    }
+
     pub(crate) fn set_deadline(&mut self, deadline: Duration) {
         self.deadline = deadline;
     }

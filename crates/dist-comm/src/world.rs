@@ -28,7 +28,7 @@ const GRACE: Duration = Duration::from_millis(100);
 /// What a communicator is like; the same on all its ranks.
 #[derive(Clone, Copy, Debug)]
 pub struct GroupOptions {
-    /// How long a call waits for other ranks without any of them making progress.
+    /// How long a call waits for a rank that gets on with nothing: it enters no call and says no [`get_on`](crate::Comm::get_on).
     pub deadline: Duration,
     /// How far senders may be ahead of a receiver over shared memory.
     pub ahead: Ahead,

@@ -66,6 +66,24 @@ fn a_rank_that_computes_for_long_is_waited_for() {
     }
 }
 
+#[test]
+fn a_rank_that_gets_on_may_take_longer_than_the_deadline() {
+    for way in WAYS {
+        let results = on_worlds(3, way, |mut world| {
+            let mut comm = all(&mut world, Duration::from_millis(800));
+            reduce(&mut comm, 0)?;
+            if world.rank() == Rank(1) {
+                for _ in 0..40 {
+                    std::thread::sleep(Duration::from_millis(50));
+                    comm.get_on();
+                }
+            }
+            reduce(&mut comm, 1)
+        });
+        assert_eq!(results, vec![Ok(()); 3], "{way:?}");
+    }
+}
+
 /// How a rank ends.
 type End = fn(&World);
 

@@ -164,7 +164,10 @@ impl<B: Backend> Decoder<B> {
         self.first_norm(ctx, ws)?;
         for (i, (block, kv)) in self.blocks.iter().zip(kv).enumerate() {
             self.attention_half(ctx, ws, block, kv)?;
+            // The stages that wait for this one know that a long chunk is no standstill.
+            ctx.pp.get_on();
             self.mlp_half(ctx, ws, block, self.norm_after(i))?;
+            ctx.pp.get_on();
         }
         match &self.head {
             Some(head) => self.logits(ctx, ws, head),

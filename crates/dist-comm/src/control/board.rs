@@ -2,7 +2,7 @@
 //! locks: the present moment comes in as an argument. `watch.rs` owns the thread that keeps it fresh.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -96,6 +96,9 @@ struct Mine {
 #[derive(Debug, Default)]
 struct Peer {
     heard: Option<Instant>,
+    /// How often it had got on when it was last heard, and when that number last grew.
+    steps: u64,
+    got_on: Option<Instant>,
     /// What it said last, and for each communicator what it said of that last.
     last: Option<Progress>,
     by_group: BTreeMap<String, u64>,
@@ -107,6 +110,8 @@ struct Peer {
 pub(crate) struct Board {
     me: Rank,
     mine: Mutex<Option<Mine>>,
+    /// How often we have got on.
+    steps: AtomicU64,
     peers: Mutex<Vec<Peer>>,
     /// Ranks that somebody, or we, have given up, with who said so first.
     given_up: Mutex<Option<(Rank, Rank)>>,
@@ -124,6 +129,7 @@ impl Board {
         Self {
             me,
             mine: Mutex::new(None),
+            steps: AtomicU64::new(0),
             peers: Mutex::new(peers),
             given_up: Mutex::new(None),
             alarm: AtomicBool::new(false),
@@ -134,8 +140,19 @@ impl Board {
         whole(self.peers.lock())
     }
 
+    /// We get on with something.
+    pub(crate) fn get_on(&self) {
+        self.steps.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often we have, to be told.
+    pub(crate) fn steps(&self) -> u64 {
+        self.steps.load(Ordering::Relaxed)
+    }
+
     /// We enter a call of a communicator.
     pub(crate) fn enter(&self, group: &str, call: &Call, now: Instant) {
+        self.get_on();
         let mut mine = whole(self.mine.lock());
         match &mut *mine {
             // The usual case takes no memory.
@@ -178,11 +195,14 @@ impl Board {
         })
     }
 
-    /// A peer told its place.
-    pub(crate) fn on_beat(&self, rank: Rank, progress: Option<Progress>, now: Instant) {
+    /// A peer told its place, and how often it has got on.
+    pub(crate) fn on_beat(&self, rank: Rank, steps: u64, progress: Option<Progress>, now: Instant) {
         let mut peers = self.peers();
         let Some(peer) = peers.get_mut(rank.0) else { return };
         peer.heard = Some(now);
+        if steps != peer.steps {
+            (peer.steps, peer.got_on) = (steps, Some(now));
+        }
         if let Some(progress) = progress {
             match peer.by_group.get_mut(&progress.group) {
                 Some(number) => *number = progress.number,
@@ -262,6 +282,12 @@ impl Board {
         peers.get(rank.0).and_then(|peer| peer.by_group.get(group)).is_some_and(|&seen| seen >= number)
     }
 
+    /// How long it is since a rank last got on with something, as far as it has told.
+    pub(crate) fn standstill(&self, rank: Rank, now: Instant) -> Option<Duration> {
+        let got_on = self.peers().get(rank.0).and_then(|peer| peer.got_on)?;
+        Some(now.saturating_duration_since(got_on))
+    }
+
     /// How long a rank has said nothing.
     pub(crate) fn silence(&self, rank: Rank, now: Instant) -> Duration {
         let heard = self.peers().get(rank.0).and_then(|peer| peer.heard);
@@ -310,7 +336,7 @@ mod tests {
         let start = Instant::now();
         let board = Board::new(Rank(0), 3, start);
         assert!(board.seen(Rank(2), start).is_none());
-        board.on_beat(Rank(2), told(5119, None, start), start);
+        board.on_beat(Rank(2), 1, told(5119, None, start), start);
         let seen = board.seen(Rank(2), start + Duration::from_millis(4200)).unwrap();
         assert_eq!((seen.call.number, seen.ago), (5119, Duration::from_millis(4200)));
         assert!(board.has_entered(Rank(2), "tp", 5119) && !board.has_entered(Rank(2), "tp", 5120));
@@ -318,14 +344,27 @@ mod tests {
     }
 
     #[test]
+    fn a_rank_that_gets_on_is_no_standstill() {
+        let start = Instant::now();
+        let after = |ms| start + Duration::from_millis(ms);
+        let board = Board::new(Rank(0), 2, start);
+        assert_eq!(board.standstill(Rank(1), start), None);
+        board.on_beat(Rank(1), 5, None, after(100));
+        board.on_beat(Rank(1), 5, None, after(200));
+        assert_eq!(board.standstill(Rank(1), after(300)), Some(Duration::from_millis(200)));
+        board.on_beat(Rank(1), 6, None, after(400));
+        assert_eq!(board.standstill(Rank(1), after(450)), Some(Duration::from_millis(50)));
+    }
+
+    #[test]
     fn the_chain_of_waits_is_followed_to_its_end() {
         let start = Instant::now();
         let board = Board::new(Rank(0), 4, start);
-        board.on_beat(Rank(1), told(1, Some(Rank(2)), start), start);
-        board.on_beat(Rank(2), told(1, Some(Rank(3)), start), start);
+        board.on_beat(Rank(1), 1, told(1, Some(Rank(2)), start), start);
+        board.on_beat(Rank(2), 1, told(1, Some(Rank(3)), start), start);
         assert_eq!(board.root_of_wait(Rank(1), start), Rank(3));
         // Two that wait for each other do not trap us.
-        board.on_beat(Rank(3), told(1, Some(Rank(1)), start), start);
+        board.on_beat(Rank(3), 1, told(1, Some(Rank(1)), start), start);
         board.root_of_wait(Rank(1), start);
         // A silent rank's word is old: it is the end.
         assert_eq!(board.root_of_wait(Rank(1), start + SILENT_AFTER), Rank(1));

@@ -30,7 +30,8 @@ const FAREWELL: Duration = Duration::from_millis(200);
 /// What watchdogs say.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 enum Word {
-    Beat(Option<Progress>),
+    /// How often the rank has got on, and where it is.
+    Beat(u64, Option<Progress>),
     /// We give up because of this rank.
     Lost(Rank),
     Left,
@@ -147,7 +148,7 @@ impl Dog {
             let now = Instant::now();
             if now >= next_beat {
                 next_beat = now + BEAT;
-                self.say(&Word::Beat(self.board.progress(now)));
+                self.say(&Word::Beat(self.board.steps(), self.board.progress(now)));
             }
             self.wait(next_beat.saturating_duration_since(now));
             self.listen();
@@ -177,7 +178,7 @@ impl Dog {
         let Ok(frame) = message_frame(word, WORD_LIMIT) else { return };
         for line in &mut self.lines {
             // A peer that does not read gets no more beats; what counts is still queued for it.
-            if line.is_open && (line.unsent.is_empty() || !matches!(word, Word::Beat(_))) {
+            if line.is_open && (line.unsent.is_empty() || !matches!(word, Word::Beat(..))) {
                 line.unsent.extend_from_slice(&frame);
                 line.flush();
             }
@@ -247,8 +248,8 @@ impl Line {
                 Err(_) => return false,
             };
             let gone = match word {
-                Ok(Word::Beat(progress)) => {
-                    board.on_beat(self.rank, progress, Instant::now());
+                Ok(Word::Beat(steps, progress)) => {
+                    board.on_beat(self.rank, steps, progress, Instant::now());
                     continue;
                 }
                 Ok(Word::Lost(rank)) => Gone::Lost(rank),

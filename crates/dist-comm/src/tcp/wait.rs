@@ -23,6 +23,9 @@ const LONG: Duration = Duration::from_millis(50);
 /// Longest wait for a socket before flags and clocks are looked at again.
 const POLL_MAX: Duration = Duration::from_millis(5);
 
+/// A rank that gets on with something else is waited for, but not for ever: for at most so many deadlines.
+const DEADLINES_MAX: u32 = 60;
+
 /// What a step of waiting found.
 enum Step {
     Done,
@@ -126,11 +129,20 @@ impl Tcp {
             if deadline.waited() >= LONG {
                 board.wait_for(Some(self.members[peer]));
             }
-            if deadline.is_over() {
+            if deadline.is_over() && !self.is_getting_on(peer, deadline.waited()) {
                 return Err(self.timeout(call, peer, deadline.waited()));
             }
             self.rest(peer, events, &mut patience);
         }
+    }
+
+    /// Whether the rank for which the peer waits, or the peer itself, has done something within the deadline.
+    fn is_getting_on(&self, peer: usize, waited: Duration) -> bool {
+        let (board, now) = (self.watch.board(), Instant::now());
+        let rank = board.root_of_wait(self.members[peer], now);
+        let is_silent = board.silence(rank, now) >= SILENT_AFTER;
+        let stood = board.standstill(rank, now).unwrap_or(waited);
+        !is_silent && stood < self.deadline && waited < self.deadline.saturating_mul(DEADLINES_MAX)
     }
 
     /// Waits for a socket, or a little.
