@@ -59,7 +59,7 @@ impl fmt::Display for Departure {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CommError {
     /// Ranks did not come before the deadline.
-    #[error("{}", timeout_sentence(.call, .missing))]
+    #[error("{}", timeout_sentence(.call, .missing, *.waited))]
     Timeout {
         /// The call that waited.
         call: Box<Call>,
@@ -151,15 +151,20 @@ fn last_seen(last: Option<&Seen>) -> String {
     }
 }
 
-fn timeout_sentence(call: &Call, missing: &[Missing]) -> String {
+fn timeout_sentence(call: &Call, missing: &[Missing], waited: Duration) -> String {
     let expected = match call.op {
         Op::Send { .. } => format!("took up {call}"),
         Op::Recv { .. } => format!("sent what {call} waits for"),
         _ => format!("entered {call}"),
     };
-    let each: Vec<String> = missing
-        .iter()
-        .map(|missing| format!("{} never {expected}; {}", missing.rank, last_seen(missing.last.as_ref())))
-        .collect();
+    let sentence = |missing: &Missing| {
+        let seen = match &missing.last {
+            Some(seen) => last_seen(Some(seen)),
+            // A rank that is waited for in its first call says nothing by which it could be dated.
+            None => format!("it was never seen in {:.1} s", waited.as_secs_f64()),
+        };
+        format!("{} never {expected}; {seen}", missing.rank)
+    };
+    let each: Vec<String> = missing.iter().map(sentence).collect();
     each.join(". ")
 }
