@@ -2,6 +2,7 @@
 //! prefills or decodes, and all others end with the right name on standard error, at once or within the deadline, and
 //! nobody is left behind.
 #![cfg(target_os = "linux")]
+#![allow(clippy::print_stdout, reason = "shown with --nocapture: how long it took")]
 
 #[path = "support/ranks.rs"]
 mod ranks;

@@ -1,5 +1,7 @@
 //! The noise floor that other tests take their bounds from is what this code gives.
 
+#![allow(clippy::print_stdout, reason = "shown with --nocapture: how far from the bound")]
+
 #[path = "support/fixtures.rs"]
 #[allow(dead_code, reason = "support is shared; no test needs all of it")]
 mod fixtures;

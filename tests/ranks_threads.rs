@@ -2,6 +2,8 @@
 //! bit where heads and widths divide and within the noise of f32 summation order elsewhere, and all ranks of a mesh hold
 //! the same bits.
 
+#![allow(clippy::print_stdout, reason = "shown with --nocapture: how far from the bound")]
+
 #[path = "support/fixtures.rs"]
 #[allow(dead_code, reason = "support is shared; no test needs all of it")]
 mod fixtures;
