@@ -12,13 +12,13 @@ use std::ops::Range;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::{Coord, DType, KvLayout, Mesh, ModelConfig, Owner, Placement, Rank, TensorSpec, decoder_specs};
+use crate::{DType, KvLayout, Mesh, ModelConfig, Owner, Placement, Rank, TensorSpec, decoder_specs};
 
 pub use hash::{PlanHash, PlanHashError};
 
 pub(crate) use memory::WeightBytes;
 pub use memory::{MAX_TOP, MemoryBreakdown};
-pub use validate::{PlanError, check_tp};
+pub use validate::{PlanError, check_split, check_tp};
 pub(crate) use validate::{mesh as check_mesh, model as check_model, stages as check_stages};
 
 /// Version of the plan's serialised form and of what its hash covers.
@@ -28,7 +28,7 @@ pub const SCHEMA_VERSION: u32 = 1;
 pub const K_SEGMENTS: usize = 8;
 
 /// The table that a tied head shares.
-pub(crate) const TOKEN_TABLE: &str = "embed.tokens.weight";
+pub const TOKEN_TABLE: &str = "embed.tokens.weight";
 
 /// How the KV cache is kept, the same on every rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -174,16 +174,7 @@ impl Plan {
     /// A tied token embedding is read by the first stage, as the table, and by the last one, as the head.
     #[must_use]
     pub fn specs(&self, rank: Rank) -> Vec<TensorSpec> {
-        let Coord { pp: stage, .. } = self.mesh.coord(rank);
-        let (layers, last) = (self.layers(stage), stage + 1 == self.mesh.pp);
-        let is_head = |spec: &TensorSpec| self.model.tied_head && spec.name == TOKEN_TABLE;
-        let mut specs = decoder_specs(&self.model);
-        specs.retain(|spec| match spec.owner {
-            Owner::Embed => stage == 0 || last && is_head(spec),
-            Owner::Layer(layer) => layers.contains(&layer),
-            Owner::Head => last,
-        });
-        specs
+        stage_specs(&self.model, &self.stages, self.mesh.coord(rank).pp)
     }
 
     /// Segments in which a rank sums over its part of a row-parallel `k`: the whole's eight over the degree where it
@@ -201,6 +192,23 @@ impl Plan {
     pub fn memory(&self, rank: Rank) -> MemoryBreakdown {
         memory::of(self, rank)
     }
+}
+
+/// The tensors of pipeline stage `stage`, in canonical order, with their global shapes.
+///
+/// A tied token embedding is in the first stage, as the table, and in the last one, as the head.
+#[must_use]
+pub fn stage_specs(model: &ModelConfig, stages: &[usize], stage: usize) -> Vec<TensorSpec> {
+    let start: usize = stages[..stage].iter().sum();
+    let (layers, last) = (start..start + stages[stage], stage + 1 == stages.len());
+    let is_head = |spec: &TensorSpec| model.tied_head && spec.name == TOKEN_TABLE;
+    let mut specs = decoder_specs(model);
+    specs.retain(|spec| match spec.owner {
+        Owner::Embed => stage == 0 || last && is_head(spec),
+        Owner::Layer(layer) => layers.contains(&layer),
+        Owner::Head => last,
+    });
+    specs
 }
 
 /// Query heads and KV heads of `tp_rank` of `tp`, by the one function that cuts.

@@ -10,18 +10,24 @@ mod family;
 mod fields;
 mod header;
 mod map;
+pub(crate) mod own;
 mod random;
 mod stored;
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use dist_core::{ModelConfig, TensorSpec};
+use dist_core::{DType, ModelConfig, TensorSpec};
 use dist_kernels::weight::{HostBytes, HostWeight};
 
 pub use cache::{HfCache, find, is_repo_name};
 pub(crate) use directory::read_bounded;
+pub(crate) use error::clip;
 pub use error::{CheckpointError, Finding, Findings};
+pub use stored::Touched;
 
+use crate::manifest::{Digest, Golden, Manifest, Origin};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use random::Random;
 use stored::{Storage, Stored, TensorFile};
@@ -41,7 +47,7 @@ enum Weights {
 }
 
 /// Where the tokenizer comes from.
-enum TokenizerFrom {
+pub(crate) enum TokenizerFrom {
     Nowhere,
     Json { file: String, bytes: Vec<u8> },
     Directory(PathBuf),
@@ -52,6 +58,8 @@ pub struct Checkpoint {
     config: ModelConfig,
     weights: Weights,
     tokenizer: TokenizerFrom,
+    /// What an exported or sharded directory says about itself.
+    manifest: Option<Arc<Manifest>>,
 }
 
 impl std::fmt::Debug for Checkpoint {
@@ -61,7 +69,8 @@ impl std::fmt::Debug for Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a Hugging Face directory. Headers are read and checked, weights are not touched.
+    /// Opens a directory: of Hugging Face, exported, or sharded for any mesh; `manifest.json` tells which. Headers are
+    /// read and checked, weights are not touched.
     pub fn open(dir: &Path, options: &OpenOptions) -> Result<Self, CheckpointError> {
         directory::open(dir, *options)
     }
@@ -80,19 +89,20 @@ impl Checkpoint {
         let file_len = bytes.len() as u64;
         let end = header::end(&path, &bytes[..bytes.len().min(8)], file_len)?;
         let raw = header::parse(&path, &bytes[8..end], file_len)?;
-        let files = vec![TensorFile { path: (&path).into(), storage: Storage::Memory(safetensors) }];
+        let files = vec![TensorFile::new((&path).into(), Storage::Memory(safetensors))];
         let stored = Stored::resolve(&path, family, &mut config, files, &[raw])?;
         let tokenizer = tokenizer_json.map_or(TokenizerFrom::Nowhere, |bytes| TokenizerFrom::Json {
             file: file("tokenizer.json"),
             bytes: bytes.to_vec(),
         });
-        Ok(Self { config, weights: Weights::Stored(stored), tokenizer })
+        Ok(Self { config, weights: Weights::Stored(stored), tokenizer, manifest: None })
     }
 
     /// A model of random weights, N(0, 0.02), for measuring: a function of seed, canonical name and global row-major
     /// element index, the same for every mesh. Norms are one and zero, biases zero. Made when they are asked for.
     pub fn random(config: ModelConfig, seed: u64) -> Self {
-        Self { config, weights: Weights::Random(Random::new(seed)), tokenizer: TokenizerFrom::Nowhere }
+        let (weights, tokenizer) = (Weights::Random(Random::new(seed)), TokenizerFrom::Nowhere);
+        Self { config, weights, tokenizer, manifest: None }
     }
 
     /// The model.
@@ -116,6 +126,8 @@ impl Checkpoint {
     /// Rows that pad a vocabulary ([`TensorSlice::n_padding`](dist_core::TensorSlice)) are in no file and are not made
     /// here: the last ranks get fewer rows, possibly none.
     ///
+    /// In a directory of our own, a tensor that is taken whole of a file is compared to its hash first.
+    ///
     /// Panics if `spec` is a vector.
     pub fn weight(
         &self,
@@ -124,7 +136,20 @@ impl Checkpoint {
         tp_rank: usize,
     ) -> Result<HostWeight, CheckpointError> {
         match &self.weights {
-            Weights::Stored(stored) => stored.weight(spec, tp, tp_rank),
+            Weights::Stored(stored) => stored.weight(spec, (tp, tp_rank), false),
+            Weights::Random(random) => random.weight(spec, tp, tp_rank),
+        }
+    }
+
+    /// As [`weight`](Self::weight), for a rank of the last stage: a tied token table is in its own file too.
+    pub fn head_table(
+        &self,
+        spec: &TensorSpec,
+        tp: usize,
+        tp_rank: usize,
+    ) -> Result<HostWeight, CheckpointError> {
+        match &self.weights {
+            Weights::Stored(stored) => stored.weight(spec, (tp, tp_rank), true),
             Weights::Random(random) => random.weight(spec, tp, tp_rank),
         }
     }
@@ -147,5 +172,72 @@ impl Checkpoint {
                 dist_core::decoder_specs(&self.config).iter().map(|spec| spec.n_bytes() as u64).sum()
             }
         }
+    }
+
+    /// What an exported or sharded directory says about itself.
+    pub fn manifest(&self) -> Option<&Manifest> {
+        self.manifest.as_deref()
+    }
+
+    /// What the model said about a fixed prompt when it was exported.
+    pub fn golden(&self) -> Option<&Golden> {
+        self.manifest.as_ref().map(|manifest| &manifest.golden)
+    }
+
+    /// What tells exported checkpoints apart, the same for every split of the same export.
+    pub fn identity(&self) -> Option<Digest> {
+        self.manifest.as_ref().map(|manifest| manifest.identity())
+    }
+
+    /// How much of each file was read or lent out until now.
+    pub fn touched(&self) -> Vec<Touched> {
+        match &self.weights {
+            Weights::Stored(stored) => stored.touched(),
+            Weights::Random(_) => Vec::new(),
+        }
+    }
+
+    /// The stored type of a tensor.
+    pub(crate) fn dtype(&self, spec: &TensorSpec) -> Result<DType, CheckpointError> {
+        match &self.weights {
+            Weights::Stored(stored) => stored.dtype(spec),
+            Weights::Random(_) => Ok(spec.dtype),
+        }
+    }
+
+    /// Whether a tensor's outputs lie across its file.
+    pub(crate) fn is_transposed(&self, spec: &TensorSpec) -> Result<bool, CheckpointError> {
+        match &self.weights {
+            Weights::Stored(stored) => stored.is_transposed(spec),
+            Weights::Random(_) => Ok(false),
+        }
+    }
+
+    /// Where a tensor's values come from.
+    pub(crate) fn origin(&self, spec: &TensorSpec) -> Result<Origin, CheckpointError> {
+        match &self.weights {
+            Weights::Stored(stored) => stored.origin(spec).cloned(),
+            Weights::Random(random) => Ok(Origin::Random { seed: random.seed() }),
+        }
+    }
+
+    /// Fills `out` with rows of the canonical `[outputs, inputs]` tensor, or elements of a vector, in its stored type.
+    pub(crate) fn read_rows(
+        &self,
+        spec: &TensorSpec,
+        rows: Range<usize>,
+        out: &mut [u8],
+    ) -> Result<(), CheckpointError> {
+        match &self.weights {
+            Weights::Stored(stored) => stored.read_rows(spec, rows, out),
+            Weights::Random(random) => {
+                random.rows(spec, rows, out);
+                Ok(())
+            }
+        }
+    }
+
+    pub(crate) fn tokenizer_from(&self) -> &TokenizerFrom {
+        &self.tokenizer
     }
 }

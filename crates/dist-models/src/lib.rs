@@ -53,11 +53,14 @@
 pub mod checkpoint;
 pub mod decoder;
 pub mod engine;
+pub mod export;
 pub mod kv_blocks;
+pub mod manifest;
 pub mod rank;
 pub mod request;
 pub mod runner;
 pub mod scheduler;
+pub mod shard;
 pub mod step;
 pub mod stop;
 pub mod tokenizer;

@@ -181,8 +181,12 @@ impl EngineError {
     }
 }
 
-/// Tells checkpoints apart without reading their matrices: SHA-256 over the configuration and every bias and norm.
+/// Tells checkpoints apart without reading their matrices: by the hashes of a manifest, or else SHA-256 over the
+/// configuration and every bias and norm.
 pub fn checkpoint_identity(checkpoint: &Checkpoint) -> Result<String, CheckpointError> {
+    if let Some(identity) = checkpoint.identity() {
+        return Ok(identity.to_string());
+    }
     let mut hasher = Sha256::new();
     // The name is the folder's, which may differ from machine to machine.
     let config = dist_core::ModelConfig { name: String::new(), ..checkpoint.config().clone() };

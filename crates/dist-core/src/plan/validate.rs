@@ -168,6 +168,14 @@ pub(crate) fn stages(model: &ModelConfig, pp: usize, stages: &[usize]) -> Result
     Err(PlanError::Stages { stages: told, n_layers: model.n_layers, pp })
 }
 
+/// Whether `model` is possible and can be cut for `tp` ranks and dealt to `stages`, before there is a plan.
+pub fn check_split(model: &ModelConfig, tp: usize, stages: &[usize]) -> Result<(), PlanError> {
+    self::model(model)?;
+    mesh(Mesh { tp, pp: stages.len(), dp: 1 })?;
+    check_tp(model, tp)?;
+    self::stages(model, stages.len(), stages)
+}
+
 fn sizes(plan: &Plan) -> Result<(), PlanError> {
     let (kv, limits, m) = (plan.kv, plan.limits, &plan.model);
     let positive = [

@@ -11,7 +11,8 @@ use serde::Deserialize;
 use super::error::{CheckpointError, Findings, cached_name, clip};
 use super::header::{self, RawTensor};
 use super::stored::{Storage, Stored, TensorFile};
-use super::{Checkpoint, OpenOptions, TokenizerFrom, Weights, family, map};
+use super::{Checkpoint, OpenOptions, TokenizerFrom, Weights, family, map, own};
+use crate::manifest;
 
 /// Bounds on files that are read as a whole.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
@@ -34,7 +35,7 @@ fn cannot_read(path: &Path) -> impl FnOnce(std::io::Error) -> CheckpointError {
 }
 
 /// Opens a plain file; anything else (a pipe would block) is refused.
-fn open_file(path: &Path) -> Result<(File, u64), CheckpointError> {
+pub(super) fn open_file(path: &Path) -> Result<(File, u64), CheckpointError> {
     let metadata = std::fs::metadata(path).map_err(cannot_read(path))?;
     if !metadata.is_file() {
         let message = "not a plain file";
@@ -60,8 +61,14 @@ pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, Checkpoin
 
 pub(super) fn open(dir: &Path, options: OpenOptions) -> Result<Checkpoint, CheckpointError> {
     check_is_directory(dir)?;
+    if dir.join(manifest::FILE).exists() {
+        return own::open(dir, options);
+    }
     let config_path = dir.join("config.json");
     if !config_path.exists() {
+        if let Some(sharded) = own::sharded_below(dir)? {
+            return own::open(&sharded, options);
+        }
         return Err(CheckpointError::NoConfig { dir: dir.to_owned() });
     }
     let config_json = read_bounded(&config_path, MAX_CONFIG_BYTES)?;
@@ -74,12 +81,12 @@ pub(super) fn open(dir: &Path, options: OpenOptions) -> Result<Checkpoint, Check
     let (family, mut config) = family::read_config(&config_file, &model_name(dir), &config_json, generation)?;
     let (files, raw) = open_weights(dir, options)?;
     let place = match files.as_slice() {
-        [only] => only.path.display().to_string(),
+        [only] => only.path().display().to_string(),
         _ => dir.display().to_string(),
     };
     let stored = Stored::resolve(&place, family, &mut config, files, &raw)?;
     let tokenizer = TokenizerFrom::Directory(dir.to_owned());
-    Ok(Checkpoint { config, weights: Weights::Stored(stored), tokenizer })
+    Ok(Checkpoint { config, weights: Weights::Stored(stored), tokenizer, manifest: None })
 }
 
 fn check_is_directory(dir: &Path) -> Result<(), CheckpointError> {
@@ -151,7 +158,7 @@ fn open_tensors(
     } else {
         Storage::File(file)
     };
-    Ok((TensorFile { path, storage }, tensors))
+    Ok((TensorFile::new(path, storage), tensors))
 }
 
 fn open_shards(dir: &Path, path: &Path, options: OpenOptions) -> Result<Opened, CheckpointError> {

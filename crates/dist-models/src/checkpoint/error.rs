@@ -41,7 +41,7 @@ impl Findings {
         self.shown.is_empty()
     }
 
-    pub(super) fn add(
+    pub(crate) fn add(
         &mut self,
         what: impl Into<String>,
         expected: impl Into<String>,
@@ -70,7 +70,7 @@ impl fmt::Display for Findings {
 }
 
 /// Text from a file that nobody vouches for: one line, of bounded length, without control characters.
-pub(super) fn clip(text: &str) -> String {
+pub(crate) fn clip(text: &str) -> String {
     const LONGEST: usize = 120;
     let mut out: String =
         text.chars().take(LONGEST).map(|c| if c.is_control() { '\u{FFFD}' } else { c }).collect();
@@ -195,6 +195,54 @@ pub enum CheckpointError {
         /// The tensors.
         findings: Findings,
     },
+    /// A manifest.json that cannot be used.
+    #[error("{file}: not a manifest that can be used:{findings}")]
+    Manifest {
+        /// The file.
+        file: String,
+        /// What is wrong.
+        findings: Findings,
+    },
+    /// Files of an exported or sharded directory that are not as its manifest says.
+    #[error("{}: the files are not as manifest.json says:{findings}", dir.display())]
+    Parts {
+        /// The directory.
+        dir: PathBuf,
+        /// The files.
+        findings: Findings,
+    },
+    /// A tensor or a file whose bytes have changed since they were written.
+    #[error("{file}: {what} has SHA-256 {found}, the manifest says {expected}")]
+    Hash {
+        /// The file.
+        file: String,
+        /// The tensor.
+        what: String,
+        /// The manifest's.
+        expected: String,
+        /// That of the bytes.
+        found: String,
+    },
+    /// A directory without hashes.
+    #[error("{}: has no manifest.json, so there are no hashes to compare", dir.display())]
+    NoManifest {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// One rank's directory instead of the whole.
+    #[error("{}: is the part of one rank", dir.display())]
+    OneRank {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// Several sharded directories, none of which is meant more than another.
+    #[error("{}: holds several sharded directories: {}", dir.display(), found.join(", "))]
+    Several {
+        /// The directory.
+        dir: PathBuf,
+        /// Their names.
+        found: Vec<String>,
+    },
     /// A tensor was asked for that the model does not have.
     #[error("{name}: the checkpoint has no tensor {tensor} of shape {shape:?}")]
     NoTensor {
@@ -226,6 +274,10 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
+    pub(crate) fn of_manifest(file: &str, findings: Findings) -> Result<(), Self> {
+        if findings.is_empty() { Ok(()) } else { Err(Self::Manifest { file: file.to_owned(), findings }) }
+    }
+
     /// What to do about it, where there is something to do.
     pub fn help(&self) -> Option<String> {
         Some(match self {
@@ -255,6 +307,27 @@ impl CheckpointError {
             }
             Self::Shards { .. } => "download the missing or damaged shards again".to_owned(),
             Self::Mismatch { .. } => "config.json and the weights must be of the same model".to_owned(),
+            Self::Manifest { .. } => {
+                "export or shard it again: manifest.json is not changed by hand".to_owned()
+            }
+            Self::OneRank { dir } => {
+                let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
+                format!("give the directory above it: {}", parent.unwrap_or(Path::new("..")).display())
+            }
+            Self::Parts { .. } => {
+                "copy the named files again, or make them again with dist-cli shard --overwrite".to_owned()
+            }
+            Self::Hash { .. } => {
+                "a byte has changed: copy the file again; dist-cli shard --verify lists all that are wrong"
+                    .to_owned()
+            }
+            Self::NoManifest { dir } => {
+                format!("make one with: dist-cli export --model {} --out DIR", dir.display())
+            }
+            Self::Several { dir, found } => match found.first() {
+                Some(first) => format!("give one of them, e.g. {}", dir.join(first).display()),
+                None => return None,
+            },
             Self::Family { .. } | Self::Config { .. } | Self::Json { .. } | Self::TooLarge { .. } => {
                 return None;
             }

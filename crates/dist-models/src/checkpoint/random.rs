@@ -1,6 +1,7 @@
 //! Seeded random weights for measuring: each element is a function of seed, canonical name and global index, so that
 //! every mesh makes the same ones. A rank makes only its own.
 
+use std::ops::Range;
 use std::sync::Mutex;
 
 use dist_core::philox::{NormalTable, stream_key};
@@ -78,11 +79,36 @@ impl Random {
         Ok(HostWeight { parts, dtype: spec.dtype, layout: Layout::Nk, k })
     }
 
+    pub(super) fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// Rows of the whole tensor, or elements of a vector.
+    pub(super) fn rows(&self, spec: &TensorSpec, rows: Range<usize>, out: &mut [u8]) {
+        if let Some(&k) = spec.shape.get(1) {
+            let region = Region { first: (rows.start * k) as u64, len: rows.len() * k, stride: 0 };
+            if !out.is_empty() {
+                self.fill(&spec.name, region, spec.dtype, out);
+            }
+            return;
+        }
+        let value = Self::constant(spec);
+        let cells = out.chunks_exact_mut(spec.dtype.bytes());
+        match spec.dtype {
+            DType::BF16 => cells.for_each(|cell| cell.copy_from_slice(&bf16_bytes(value))),
+            DType::F16 => cells.for_each(|cell| cell.copy_from_slice(&f16::from_f32(value).to_le_bytes())),
+            _ => cells.for_each(|cell| cell.copy_from_slice(&value.to_le_bytes())),
+        }
+    }
+
     /// Norm weights are one, biases zero.
+    fn constant(spec: &TensorSpec) -> f32 {
+        if spec.name.rsplit('.').next() == Some("bias") { 0.0 } else { 1.0 }
+    }
+
     pub(super) fn vector(spec: &TensorSpec, tp: usize, tp_rank: usize) -> Vec<f32> {
         assert_eq!(spec.shape.len(), 1, "{} is a matrix", spec.name);
-        let value = if spec.name.rsplit('.').next() == Some("bias") { 0.0 } else { 1.0 };
-        vec![value; spec.slice(tp, tp_rank).ranges.iter().map(ExactSizeIterator::len).sum()]
+        vec![Self::constant(spec); spec.slice(tp, tp_rank).ranges.iter().map(ExactSizeIterator::len).sum()]
     }
 
     fn fill(&self, name: &str, region: Region, dtype: DType, out: &mut [u8]) {

@@ -1,6 +1,6 @@
 //! Brings one rank's part of a checkpoint into a backend; the only place that knows tensors by name.
 
-use dist_core::plan::Plan;
+use dist_core::plan::{Plan, TOKEN_TABLE};
 use dist_core::{Coord, DType, ModelConfig, Rank, TensorSpec};
 use dist_kernels::weight::{HostBytes, HostPart, HostWeight, Layout, Weight};
 use dist_kernels::{Backend, KernelError};
@@ -49,10 +49,27 @@ impl<B: Backend> Loader<'_, B> {
         (self.progress)(self.state);
     }
 
-    /// A matrix; a vocabulary's padding rows become a part of zeros.
+    /// A matrix.
     fn weight(&mut self, name: &str) -> Result<Option<Weight<B::Buf>>, LoadError> {
         let Some(spec) = self.spec(name) else { return Ok(None) };
-        let mut host: HostWeight = self.checkpoint.weight(&spec, self.tp, self.tp_rank)?;
+        let host = self.checkpoint.weight(&spec, self.tp, self.tp_rank)?;
+        self.take(&spec, host).map(Some)
+    }
+
+    /// The token table: on a stage that only has it as its head, from that stage's own file.
+    fn token_table(&mut self, is_first: bool) -> Result<Option<Weight<B::Buf>>, LoadError> {
+        let Some(spec) = self.spec(TOKEN_TABLE) else { return Ok(None) };
+        let (tp, tp_rank) = (self.tp, self.tp_rank);
+        let host = if is_first {
+            self.checkpoint.weight(&spec, tp, tp_rank)?
+        } else {
+            self.checkpoint.head_table(&spec, tp, tp_rank)?
+        };
+        self.take(&spec, host).map(Some)
+    }
+
+    /// A vocabulary's padding rows become a part of zeros.
+    fn take(&mut self, spec: &TensorSpec, mut host: HostWeight) -> Result<Weight<B::Buf>, LoadError> {
         let n_padding = spec.local_shape(self.tp, self.tp_rank)[0].saturating_sub(host.n());
         if n_padding > 0 && host.layout == Layout::Nk {
             let bytes = HostBytes::new(vec![0_u8; n_padding * host.k * host.dtype.bytes()]);
@@ -61,7 +78,7 @@ impl<B: Backend> Loader<'_, B> {
         let n_bytes = host.n() * host.k * host.dtype.bytes();
         let weight = self.backend.prepare(host)?;
         self.advance(n_bytes);
-        Ok(Some(weight))
+        Ok(weight)
     }
 
     /// A matrix that this rank is known to hold.
@@ -139,7 +156,7 @@ impl<B: Backend> Decoder<B> {
         let state = LoadProgress { done_bytes: 0, total_bytes };
         let (is_first, is_last) = (stage == 0, stage + 1 == plan.mesh.pp);
         let mut loader = Loader { backend, checkpoint, specs, tp, tp_rank, progress, state };
-        let tokens = loader.weight("embed.tokens.weight")?;
+        let tokens = loader.token_table(is_first)?;
         let tables = if is_first { Some(loader.tables()?) } else { None };
         let blocks = plan.layers(stage).map(|layer| loader.block(config, layer)).collect::<Result<_, _>>()?;
         let head = if is_last { Some(loader.head(config.block.norm_eps)?) } else { None };
