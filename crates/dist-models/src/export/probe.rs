@@ -101,7 +101,7 @@ fn compare(expected: &[f32], found: &[f32]) -> Result<f32, ProbeError> {
 
 /// Log-probabilities of `prompt_ids[1..]` on the CPU in f32, one layer's weights in memory at a time: each layer is a
 /// pipeline stage that is loaded, run once and let go. The first one stays, since what is drawn comes back to it.
-pub(super) fn logprobs(
+pub fn logprobs(
     checkpoint: &Checkpoint,
     prompt_ids: &[u32],
     threads: usize,
