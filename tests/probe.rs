@@ -88,7 +88,6 @@ fn ask(checkpoint: &Checkpoint, golden: &Golden, mesh: Mesh) -> Result<f32, Prob
 }
 
 #[test]
-#[expect(clippy::print_stdout, reason = "the difference that was seen belongs beside the tolerance")]
 fn every_mesh_says_what_was_said_at_export() {
     let root = tempfile::tempdir().unwrap();
     let mut worst = 0.0_f32;
@@ -146,7 +145,7 @@ fn a_short_context_asks_less() {
     let mut engine =
         Engine::new(fixtures::runner(&exported, &plan, 1, CpuPath::Auto), Followers::None, &plan, None);
     assert!(probe::verify(&mut engine, golden, 9).unwrap() < TOLERANCE);
-    assert_eq!(probe::verify(&mut engine, golden, 1).unwrap(), 0.0);
+    assert!(probe::verify(&mut engine, golden, 1).unwrap() < f32::MIN_POSITIVE, "nothing is asked");
 }
 
 #[test]

@@ -11,8 +11,10 @@ use clap::{
 };
 
 use crate::flags::benchmark::BenchmarkArgs;
+use crate::flags::export::ExportArgs;
 use crate::flags::infer::InferArgs;
 use crate::flags::plan::PlanArgs;
+use crate::flags::shard::ShardArgs;
 use crate::problem::Problem;
 use crate::settings::Settings;
 
@@ -83,6 +85,10 @@ pub enum Action {
     Benchmark(Box<BenchmarkArgs>),
     /// Says how a model would be split over devices, how fast that should be, and why not otherwise
     Plan(Box<PlanArgs>),
+    /// Writes a checkpoint that knows no degree, or one that is cut for ranks
+    Export(Box<ExportArgs>),
+    /// Cuts a checkpoint for ranks, joins or cuts it anew, or compares its hashes
+    Shard(Box<ShardArgs>),
     /// Writes a shell's completion script
     Completions(CompletionsArgs),
 }

@@ -2,5 +2,7 @@
 
 pub mod benchmark;
 pub mod completions;
+pub mod export;
 pub mod infer;
 pub mod plan;
+pub mod shard;

@@ -8,8 +8,10 @@ mod numbers;
 mod sampling;
 
 pub mod benchmark;
+pub mod export;
 pub mod infer;
 pub mod plan;
+pub mod shard;
 
 pub use device::{DeviceArgs, DeviceRequest};
 pub use limits::LimitArgs;

@@ -12,5 +12,5 @@ mod secret;
 mod team;
 
 pub use local::{LocalRanks, follow_parent};
-pub use place::{Launch, Split};
+pub use place::{Launch, Split, read_plan};
 pub use team::{Identity, Team, explain, lost_problem};

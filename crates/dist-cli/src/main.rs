@@ -14,6 +14,7 @@ mod interrupt;
 mod launch;
 mod machine;
 mod model;
+mod probe;
 mod problem;
 mod prompt_line;
 mod prompts;
@@ -76,6 +77,8 @@ fn run(cli: Cli, console: &Console) -> anyhow::Result<Ending> {
     match cli.action {
         Action::Infer(args) => return commands::infer::run(*args, console),
         Action::Benchmark(args) => return commands::benchmark::run(*args, console),
+        Action::Export(args) => return commands::export::run(*args, console),
+        Action::Shard(args) => return commands::shard::run(*args, console),
         Action::Plan(args) => commands::plan::run(*args)?,
         Action::Completions(args) => commands::completions::run(&args)?,
     }

@@ -101,6 +101,18 @@ impl ModelChoice {
         Ok(Model { name: self.name(checkpoint.config()), checkpoint, tokenizer, holding })
     }
 
+    /// Where its files are.
+    pub fn directory(&self) -> anyhow::Result<PathBuf> {
+        match self {
+            Self::Directory { path, .. } => Ok(path.clone()),
+            Self::Published { name, .. } => Ok(checkpoint::find(name, &cache()?)?),
+            Self::Demo | Self::Preset { .. } => {
+                let problem = Problem::usage("only a directory has hashes to compare");
+                Err(problem.help("give the directory of an exported or cut checkpoint").into())
+            }
+        }
+    }
+
     fn name(&self, config: &ModelConfig) -> String {
         match self {
             Self::Demo => DEMO.to_owned(),

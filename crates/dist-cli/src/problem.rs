@@ -6,6 +6,7 @@ use std::fmt;
 use dist_models::checkpoint::CheckpointError;
 use dist_models::decoder::LoadError;
 use dist_models::engine::EngineError;
+use dist_models::export::ExportError;
 use dist_models::tokenizer::TokenizerError;
 
 /// Whose turn it is, as the process's exit code.
@@ -79,6 +80,9 @@ pub fn help_of(error: &anyhow::Error) -> Option<String> {
 /// What libraries' errors know to do. Transparent ones hide what they hold from the chain, so they are opened here.
 fn library_help(cause: &(dyn Error + 'static)) -> Option<String> {
     if let Some(EngineError::Load(LoadError::Checkpoint(error))) = cause.downcast_ref() {
+        return error.help();
+    }
+    if let Some(error) = cause.downcast_ref::<ExportError>() {
         return error.help();
     }
     if let Some(error) = cause.downcast_ref::<TokenizerError>() {

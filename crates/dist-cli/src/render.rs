@@ -5,13 +5,15 @@ mod benchmark;
 mod console;
 mod plan;
 mod progress;
+mod shard;
 mod text;
 
 pub use answers::{JsonLines, Silent, answer_json};
 pub use benchmark::{benchmark_json, benchmark_table};
 pub use console::Console;
 pub use plan::{plan_json, plan_text};
-pub use progress::{BatchBar, LoadBar};
+pub use progress::{BatchBar, CopyBar, LoadBar};
+pub use shard::{exported_json, exported_text, listing_json, listing_text, verified_json, verified_text};
 pub use text::TextWatch;
 
 use std::io::{self, Write};

@@ -154,7 +154,7 @@ impl Setting<'_> {
             limits: self.limits,
             memory_percent: MEMORY_PERCENT,
             mesh: Some(self.split.mesh),
-            stages: self.split.stages.clone(),
+            stages: self.stages(),
             copies: false,
         };
         Ok(plan(self.model.config(), &topology, workload, &options)?)
@@ -180,6 +180,15 @@ impl Setting<'_> {
             gigabytes(sum(|facts| facts.available))
         );
         Ok((plan, Some(warning)))
+    }
+
+    /// Those that were asked for, or those that the files are cut for already.
+    fn stages(&self) -> Option<Vec<usize>> {
+        let of_files = || {
+            let split = self.model.checkpoint.manifest()?.split.as_ref()?;
+            (split.mesh() == self.split.mesh).then(|| split.stages.clone())
+        };
+        self.split.stages.clone().or_else(of_files)
     }
 
     fn best(&self, report: PlanReport) -> anyhow::Result<Plan> {

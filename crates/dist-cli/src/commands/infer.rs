@@ -11,6 +11,7 @@ use crate::generation::{self, Ending, Run};
 use crate::interrupt;
 use crate::launch::{self, Launch};
 use crate::model::Model;
+use crate::probe;
 use crate::prompts::{self, Job, PromptSource};
 use crate::render::{self, BatchBar, Console, JsonLines, LoadBar, Silent, TextWatch};
 use crate::session::{self, Crew, Demand, DeviceReport, Rates, Session, Setting};
@@ -45,6 +46,7 @@ impl Ready {
         let prompts = prompts::read(request.source, &request.sampling)?;
         let start = Instant::now();
         let model = request.model.open()?;
+        let golden = if request.verify { Some(probe::golden(&model)?) } else { None };
         let max_seq_len = session::max_seq_len(&request.limits, model.config())?;
         let jobs = prompts::encode(prompts, &model, max_seq_len)?;
         console.phase("open model, encode prompts", start.elapsed());
@@ -69,6 +71,11 @@ impl Ready {
             crew.begin(backend, &model, &plan, (console, &mut |progress| bar.update(progress)))?;
         bar.finish();
         console.phase("load weights", session.load);
+        if let Some(golden) = golden {
+            let start = Instant::now();
+            probe::ask(&mut session, &golden, &plan)?;
+            console.phase("probe", start.elapsed());
+        }
         generation::add_all(&mut session.engine, &jobs)?;
         Ok(Self {
             model,

@@ -35,6 +35,7 @@ Examples:
   echo 'Once upon a time' | dist-cli infer --model ~/models/gpt2 -
   dist-cli infer --model facebook/opt-125m --prompt 'The house' --stop '.' --json
   dist-cli infer --model gpt3-125m --prompt-ids 5,17,42 --threads 2
+  dist-cli infer --model exported --verify --prompt 'The house'
   dist-cli infer --prompts prompts.jsonl > answers.jsonl
   dist-cli infer --model ~/models/gpt2-xl --tp 2 --pp 2
   dist-cli infer --model ~/models/gpt2-xl --tp 2 --nnodes 2 --node-rank 0 --master node1:29500 --secret-file secret
@@ -62,6 +63,9 @@ pub struct InferArgs {
     /// On how many ranks.
     #[command(flatten)]
     pub mesh: MeshArgs,
+    /// Asks the probe prompt first, and refuses to go on where the log-probabilities are not those of the export
+    #[arg(long, help_heading = "Model")]
+    pub verify: bool,
     /// Writes one JSON object instead of text
     #[arg(long, help_heading = "Output")]
     pub json: bool,
@@ -164,6 +168,8 @@ pub struct InferRequest {
     pub mesh: MeshRequest,
     /// How to write.
     pub format: Format,
+    /// Whether the model must say first what it said at export.
+    pub verify: bool,
 }
 
 impl InferArgs {
@@ -200,6 +206,7 @@ impl InferArgs {
             device: self.device.to_request()?,
             mesh: self.mesh.to_request()?,
             format,
+            verify: self.verify,
         })
     }
 }

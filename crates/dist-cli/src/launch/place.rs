@@ -142,7 +142,7 @@ fn degrees(request: &MeshRequest) -> anyhow::Result<(Degrees, Option<ModelConfig
 }
 
 /// What `dist-cli plan --json` writes, or the plan in it alone.
-fn read_plan(path: &Path) -> anyhow::Result<Plan> {
+pub fn read_plan(path: &Path) -> anyhow::Result<Plan> {
     let cannot = |why: anyhow::Error| {
         let problem = Problem::usage(format!("--plan {} cannot be used", path.display()));
         problem.because(why).help("write one with: dist-cli plan --model … --tp N --pp N --json > FILE")

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use dist_models::decoder::LoadProgress;
+use dist_models::export::Progress;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::Console;
@@ -42,6 +43,46 @@ impl LoadBar {
     /// Wipes it.
     pub fn finish(self) {
         if let Some(bar) = self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// How far reading and writing are.
+pub struct CopyBar {
+    start: Instant,
+    what: &'static str,
+    bar: Option<ProgressBar>,
+    is_shown: bool,
+}
+
+impl CopyBar {
+    /// A bar that waits a second before it shows; `what` is done to the bytes.
+    pub fn new(console: &Console, what: &'static str) -> Self {
+        Self { start: Instant::now(), what, bar: None, is_shown: console.has_bars() }
+    }
+
+    /// Takes news.
+    pub fn update(&mut self, progress: Progress) {
+        if !self.is_shown || self.start.elapsed() < PATIENCE {
+            return;
+        }
+        let bar = self.bar.get_or_insert_with(|| {
+            let template =
+                "{msg} {wide_bar} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta}";
+            ProgressBar::new(progress.total_bytes).with_style(style(template)).with_message(self.what)
+        });
+        bar.set_position(progress.done_bytes);
+        if progress.done_bytes == progress.total_bytes {
+            // What follows is the disk's business.
+            bar.set_message("to the disk");
+        }
+    }
+}
+
+impl Drop for CopyBar {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
     }
