@@ -17,7 +17,7 @@ pub enum ExportError {
     Checkpoint(#[from] CheckpointError),
     /// A split that the model does not allow.
     #[error("the model cannot be cut so: {0}")]
-    Plan(#[from] PlanError),
+    Plan(PlanError),
     /// More positions than the model knows.
     #[error("--max-seq-len {asked}: the model knows {n_ctx} positions")]
     TooLong {
@@ -94,6 +94,13 @@ pub enum ExportError {
     /// The user said to stop.
     #[error("interrupted; the target is as it was")]
     Interrupted,
+}
+
+// Its sentence is in this one's, so that it is not its source as well.
+impl From<PlanError> for ExportError {
+    fn from(error: PlanError) -> Self {
+        Self::Plan(error)
+    }
 }
 
 impl ExportError {
