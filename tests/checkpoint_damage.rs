@@ -91,6 +91,10 @@ fn damage_is_found_by_verify_all_at_once() {
 }
 
 /// Numbers that a stranger may have written into a manifest whose checksum is right.
+fn place(manifest: &mut Manifest, at: usize) -> &mut dist_models::manifest::Place {
+    manifest.tensors[at].place.as_mut().unwrap()
+}
+
 #[test]
 fn absurd_manifests_are_refused_before_they_are_used() {
     let files = Files::exported("gpt2");
@@ -101,9 +105,6 @@ fn absurd_manifests_are_refused_before_they_are_used() {
         change(&mut manifest);
         cases.push((manifest, told));
     };
-    fn place(manifest: &mut Manifest, at: usize) -> &mut dist_models::manifest::Place {
-        manifest.tensors[at].place.as_mut().unwrap()
-    }
     case(&|m| place(m, 0).file = "../../etc/passwd".into(), "found a path that leads elsewhere");
     case(&|m| place(m, 0).file = "/etc/passwd".into(), "found a path that leads elsewhere");
     case(&|m| place(m, 0).file = "other.safetensors".into(), "found another file");
