@@ -11,6 +11,7 @@ use clap::{
 };
 
 use crate::flags::benchmark::BenchmarkArgs;
+use crate::flags::doctor::DoctorArgs;
 use crate::flags::export::ExportArgs;
 use crate::flags::infer::InferArgs;
 use crate::flags::plan::PlanArgs;
@@ -89,6 +90,8 @@ pub enum Action {
     Export(Box<ExportArgs>),
     /// Cuts a checkpoint for ranks, joins or cuts it anew, or compares its hashes
     Shard(Box<ShardArgs>),
+    /// Looks at this machine and at what lies between ranks, and says what is wrong
+    Doctor(Box<DoctorArgs>),
     /// Writes a shell's completion script
     Completions(CompletionsArgs),
 }

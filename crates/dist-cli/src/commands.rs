@@ -2,6 +2,7 @@
 
 pub mod benchmark;
 pub mod completions;
+pub mod doctor;
 pub mod export;
 pub mod infer;
 pub mod plan;

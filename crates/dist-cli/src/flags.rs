@@ -8,6 +8,7 @@ mod numbers;
 mod sampling;
 
 pub mod benchmark;
+pub mod doctor;
 pub mod export;
 pub mod infer;
 pub mod plan;

@@ -8,6 +8,7 @@
 mod bench;
 mod cli;
 mod commands;
+mod doctor;
 mod flags;
 mod generation;
 mod interrupt;
@@ -80,6 +81,7 @@ fn run(cli: Cli, console: &Console) -> anyhow::Result<Ending> {
         Action::Export(args) => return commands::export::run(*args, console),
         Action::Shard(args) => return commands::shard::run(*args, console),
         Action::Plan(args) => commands::plan::run(*args)?,
+        Action::Doctor(args) => commands::doctor::run(&args, console)?,
         Action::Completions(args) => commands::completions::run(&args)?,
     }
     Ok(Ending::Whole)

@@ -126,19 +126,23 @@ fn open_directory(path: &Path, mmap: bool) -> anyhow::Result<Checkpoint> {
     Ok(Checkpoint::open(path, &OpenOptions { mmap })?)
 }
 
-/// Where Hugging Face's tools keep what they have downloaded.
-fn cache() -> anyhow::Result<HfCache> {
+/// Where Hugging Face's tools keep what they have downloaded; `None` without a home.
+pub fn cache_dir() -> Option<PathBuf> {
     let var = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     if let Some(hub_dir) = var("HF_HUB_CACHE") {
-        return Ok(HfCache { hub_dir });
+        return Some(hub_dir);
     }
     let home = || var("XDG_CACHE_HOME").or_else(|| Some(var("HOME")?.join(".cache")));
-    let hf_home = var("HF_HOME").or_else(|| Some(home()?.join("huggingface")));
-    let hf_home = hf_home.ok_or_else(|| {
+    let hf_home = var("HF_HOME").or_else(|| Some(home()?.join("huggingface")))?;
+    Some(hf_home.join("hub"))
+}
+
+fn cache() -> anyhow::Result<HfCache> {
+    let hub_dir = cache_dir().ok_or_else(|| {
         Problem::usage("neither HF_HOME nor HOME is set: no Hugging Face cache to look in")
             .help("set HF_HOME, or give a directory")
     })?;
-    Ok(HfCache { hub_dir: hf_home.join("hub") })
+    Ok(HfCache { hub_dir })
 }
 
 /// How a model's weights are in memory.

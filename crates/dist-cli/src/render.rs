@@ -3,6 +3,7 @@
 mod answers;
 mod benchmark;
 mod console;
+mod doctor;
 mod plan;
 mod progress;
 mod shard;
@@ -11,6 +12,7 @@ mod text;
 pub use answers::{JsonLines, Silent, answer_json};
 pub use benchmark::{benchmark_json, benchmark_table};
 pub use console::Console;
+pub use doctor::{doctor_json, doctor_text};
 pub use plan::{plan_json, plan_text};
 pub use progress::{BatchBar, CopyBar, LoadBar};
 pub use shard::{exported_json, exported_text, listing_json, listing_text, verified_json, verified_text};

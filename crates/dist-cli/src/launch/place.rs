@@ -82,6 +82,11 @@ impl Launch {
         self.split.mesh.world_size()
     }
 
+    /// Where rank 0 listens, if that was given or agreed on.
+    pub fn meets_at(&self) -> Option<String> {
+        self.master.as_ref().map(|Master { host, port }| format!("{host}:{port}"))
+    }
+
     /// Whether this process does what rank 0 tells it, and nothing else.
     pub fn is_follower(&self) -> bool {
         self.rank != Rank(0)
