@@ -5,10 +5,13 @@
 #[allow(dead_code, reason = "support is shared; no test needs all of it")]
 mod fixtures;
 
+use std::ops::ControlFlow;
+
 use dist_comm::{Comm, Solo};
 use dist_core::{Mesh, Rank};
 use dist_kernels::trace::TraceBackend;
-use dist_models::engine::start_rank;
+use dist_models::decoder::{LoadError, OnProgress};
+use dist_models::engine::{EngineError, start_rank};
 use dist_models::runner::{Comms, Runner};
 use dist_models::step::{InputToken, SampleAt, StepBatch};
 use fixtures::{fixture, plan, wide};
@@ -29,12 +32,29 @@ fn decode_batch() -> StepBatch {
     }
 }
 
-fn traced(name: &str) -> Runner<TraceBackend> {
+fn started(name: &str, progress: OnProgress<'_>) -> Result<Runner<TraceBackend>, EngineError> {
     let (checkpoint, _) = fixture(name);
     let plan = plan(checkpoint.config(), Mesh::SOLO, wide(checkpoint.config()), 8);
     let comms = Comms { tp: Comm::Solo(Solo::new()), pp: Comm::Solo(Solo::new()) };
-    start_rank(TraceBackend::default(), comms, &checkpoint, &plan, Rank(0), &mut |_| {})
-        .expect("a fixture loads")
+    start_rank(TraceBackend::default(), comms, &checkpoint, &plan, Rank(0), progress)
+}
+
+fn traced(name: &str) -> Runner<TraceBackend> {
+    started(name, &mut |_| ControlFlow::Continue(())).expect("a fixture loads")
+}
+
+#[test]
+fn loading_ends_when_nobody_wants_more() {
+    let mut n_tensors = 0;
+    let started = started("gpt2", &mut |_| {
+        n_tensors += 1;
+        if n_tensors == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    let error = started.err().expect("an error");
+    let EngineError::Load(LoadError::BrokenOff { done_bytes, total_bytes }) = error else {
+        panic!("{error}")
+    };
+    assert!(n_tensors == 3 && 0 < done_bytes && done_bytes < total_bytes, "{done_bytes} of {total_bytes}");
 }
 
 fn steps_of(name: &str) -> Vec<String> {

@@ -10,6 +10,7 @@ mod checkpoints;
 #[allow(dead_code, reason = "support is shared; no test needs all of it")]
 mod fixtures;
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
@@ -64,7 +65,10 @@ fn groups(mesh: Mesh) -> Vec<Comms> {
 fn ask(checkpoint: &Checkpoint, golden: &Golden, mesh: Mesh) -> Result<f32, ProbeError> {
     let plan = plan(checkpoint.config(), mesh, wide(checkpoint.config()), 16);
     let start = |rank: usize, comms: Comms| {
-        start_rank(backend(1, CpuPath::Auto), comms, checkpoint, &plan, Rank(rank), &mut |_| {}).unwrap()
+        start_rank(backend(1, CpuPath::Auto), comms, checkpoint, &plan, Rank(rank), &mut |_| {
+            ControlFlow::Continue(())
+        })
+        .unwrap()
     };
     std::thread::scope(|scope| {
         let mut comms = groups(mesh).into_iter();

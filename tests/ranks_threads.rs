@@ -14,6 +14,7 @@ mod reorder;
 #[path = "support/trails.rs"]
 mod trails;
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
@@ -61,8 +62,10 @@ struct Ran {
 fn run_mesh(checkpoint: &Checkpoint, requests: &[Request], mesh: Mesh) -> Ran {
     let plan = plan(checkpoint.config(), mesh, wide(checkpoint.config()), 512);
     let start = |rank: usize, comms: Comms| {
-        start_rank(backend(1, CpuPath::Auto), comms, checkpoint, &plan, Rank(rank), &mut |_| {})
-            .expect("a fixture loads")
+        start_rank(backend(1, CpuPath::Auto), comms, checkpoint, &plan, Rank(rank), &mut |_| {
+            ControlFlow::Continue(())
+        })
+        .expect("a fixture loads")
     };
     std::thread::scope(|scope| {
         let mut comms = groups(mesh).into_iter();

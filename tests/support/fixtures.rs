@@ -1,5 +1,6 @@
 //! Finds fixtures at run time and builds one-rank engines over them. A test binary may run far from where it was built.
 
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -91,7 +92,8 @@ pub(crate) fn runner(
 ) -> Runner<CpuBackend> {
     let backend = backend(threads, path);
     let comms = Comms { tp: Comm::Solo(Solo::new()), pp: Comm::Solo(Solo::new()) };
-    start_rank(backend, comms, checkpoint, plan, Rank(0), &mut |_| {}).expect("a fixture loads")
+    start_rank(backend, comms, checkpoint, plan, Rank(0), &mut |_| ControlFlow::Continue(()))
+        .expect("a fixture loads")
 }
 
 /// Greedy, with every log-probability reported.

@@ -120,6 +120,26 @@ impl Control {
     }
 }
 
+impl Watch {
+    /// An error if a rank is gone, or has been silent for `limit`.
+    pub(crate) fn look(&self, limit: Duration) -> Result<(), ControlError> {
+        let (board, now) = (self.board(), Instant::now());
+        let seen = |rank| board.seen(rank, now).map(Box::new);
+        if board.is_alarmed()
+            && let Some((rank, why)) = board.loss(None)
+        {
+            return Err(ControlError::RankLost { rank, why, last: seen(rank) });
+        }
+        match board.longest_silence(now) {
+            Some((rank, waited)) if waited >= limit => {
+                self.tell_lost(rank);
+                Err(ControlError::Timeout { rank, waited, last: seen(rank) })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 impl Line {
     fn send(&mut self, mut bytes: &[u8], deadline: &Deadline, watch: &Watch) -> Result<(), ControlError> {
         let mut lost_since = None;

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use dist_core::Rank;
 
 use crate::auth::Secret;
-use crate::control::Control;
 use crate::control::watch::Watch;
+use crate::control::{Control, ControlError};
 use crate::rendezvous::{Member, RendezvousError};
 use crate::rendezvous_io::{JoinRequest, Joined, host, join, local_error};
 use crate::tcp::Tcp;
@@ -116,6 +116,12 @@ impl World {
     /// The channel between rank 0 and every other rank.
     pub const fn control(&mut self) -> &mut Control {
         &mut self.control
+    }
+
+    /// Whether all other ranks are there, for a rank that is busy by itself for long: an error names one that is gone, or
+    /// that has been silent for `limit`.
+    pub fn look(&self, limit: Duration) -> Result<(), ControlError> {
+        self.watch.look(limit)
     }
 
     /// Tells all ranks that this one ends in error, before it is dropped.

@@ -139,6 +139,28 @@ fn an_idle_rank_learns_of_a_loss_elsewhere() {
 }
 
 #[test]
+fn a_busy_rank_that_looks_up_learns_of_a_loss() {
+    let results = on_worlds(3, SharedMemory::Use, |world| {
+        match world.rank().0 {
+            0 => std::thread::sleep(Duration::from_millis(500)),
+            2 => world.fail("disk full"),
+            _ => {
+                let start = Instant::now();
+                let mut looked = Ok(());
+                while looked.is_ok() && start.elapsed() < PLENTY {
+                    looked = world.look(PLENTY);
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                return Some(looked);
+            }
+        }
+        None
+    });
+    let error = results[1].clone().unwrap().unwrap_err();
+    assert!(matches!(error, ControlError::RankLost { rank: Rank(2), .. }), "{error}");
+}
+
+#[test]
 fn ranks_that_have_come_apart_say_so() {
     for way in WAYS {
         let errors = on_worlds(2, way, |mut world| {

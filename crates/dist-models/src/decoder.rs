@@ -19,7 +19,7 @@ use dist_kernels::weight::Weight;
 use crate::runner::{RunError, timed};
 use crate::workspace::{StepShape, Workspace};
 
-pub use load::{LoadError, LoadProgress};
+pub use load::{LoadError, LoadProgress, OnProgress};
 
 /// A layer norm's vectors.
 #[derive(Debug)]

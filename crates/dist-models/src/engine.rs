@@ -12,7 +12,7 @@ use dist_core::plan::Plan;
 use dist_kernels::{Backend, KernelError};
 
 use crate::checkpoint::Checkpoint;
-use crate::decoder::{Decoder, LoadError, LoadProgress};
+use crate::decoder::{Decoder, LoadError, OnProgress};
 use crate::rank::Leader;
 use crate::request::{Event, Request, RequestId};
 use crate::runner::{Comms, RunError, Runner, Usage};
@@ -93,7 +93,7 @@ pub fn start_rank<B: Backend>(
     checkpoint: &Checkpoint,
     plan: &Plan,
     rank: Rank,
-    progress: &mut dyn FnMut(LoadProgress),
+    progress: OnProgress<'_>,
 ) -> Result<Runner<B>, EngineError> {
     let decoder = Decoder::load(&mut backend, checkpoint, plan, rank, progress)?;
     Ok(Runner::new(backend, comms, decoder, checkpoint.config(), plan, rank)?)

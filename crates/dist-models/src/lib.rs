@@ -6,6 +6,8 @@
 //! [`request::Request`]s and tells what happens as [`request::Event`]s, four lines a step.
 //!
 //! ```
+//! use std::ops::ControlFlow;
+//!
 //! use dist_comm::{Comm, Solo};
 //! use dist_core::plan::{KvPlan, Limits, Plan, Predictions, SCHEMA_VERSION};
 //! use dist_core::{DType, Mesh, Rank, presets};
@@ -36,7 +38,7 @@
 //! let cpu = CpuBackend::new(CpuOptions { threads: 1, path: CpuPath::Auto, spin })?;
 //! let comms = Comms { tp: Comm::Solo(Solo::new()), pp: Comm::Solo(Solo::new()) };
 //! let checkpoint = Checkpoint::random(model, 7);
-//! let runner = start_rank(cpu, comms, &checkpoint, &plan, Rank(0), &mut |_| {})?;
+//! let runner = start_rank(cpu, comms, &checkpoint, &plan, Rank(0), &mut |_| ControlFlow::Continue(()))?;
 //! let mut engine = Engine::new(runner, Followers::None, &plan, None);
 //! let sampling = Sampling::greedy(5);
 //! engine.add(Request { id: RequestId(0), prompt: vec![1, 2, 3], sampling })?;

@@ -1,12 +1,13 @@
 //! The ranks of a session: rank 0 asks what each has, plans for all and tells them; the others obey.
 
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use dist_comm::{Comm, Solo, Wait, World};
 use dist_core::plan::Plan;
 use dist_core::{ModelConfig, Rank};
 use dist_kernels::cpu::CpuBackend;
-use dist_models::decoder::LoadProgress;
+use dist_models::decoder::{LoadProgress, OnProgress};
 use dist_models::engine::{Engine, EngineError, Followers, start_rank};
 use dist_models::rank::{Ended, Leader, checkpoint_identity, rank_main};
 use dist_models::runner::Comms;
@@ -88,7 +89,10 @@ impl Crew {
         let start = Instant::now();
         let Some(mut team) = self.team else {
             let comms = Comms { tp: Comm::Solo(Solo::new()), pp: Comm::Solo(Solo::new()) };
-            let runner = start_rank(backend, comms, &model.checkpoint, plan, Rank(0), progress)?;
+            let runner = start_rank(backend, comms, &model.checkpoint, plan, Rank(0), &mut |news| {
+                progress(news);
+                ControlFlow::Continue(())
+            })?;
             let engine = Engine::new(runner, Followers::None, plan, model.tokenizer.clone());
             return Ok(Session { engine, load: start.elapsed(), locals: LocalRanks::default() });
         };
@@ -116,7 +120,33 @@ fn lead(
 ) -> anyhow::Result<CpuRunner> {
     team.world.control().broadcast(&serde_json::to_vec(plan)?, limit).map_err(EngineError::from)?;
     let comms = team.comms(plan, limit)?;
-    Ok(start_rank(backend, comms, &model.checkpoint, plan, Rank(0), progress)?)
+    load(&team.world, limit, progress, |progress| {
+        start_rank(backend, comms, &model.checkpoint, plan, Rank(0), progress)
+    })
+}
+
+/// Loads, and gives up as soon as another rank is gone.
+fn load(
+    world: &World,
+    limit: Duration,
+    progress: &mut dyn FnMut(LoadProgress),
+    start: impl FnOnce(OnProgress<'_>) -> Result<CpuRunner, EngineError>,
+) -> anyhow::Result<CpuRunner> {
+    let mut lost = None;
+    let started = start(&mut |news| {
+        progress(news);
+        match world.look(limit) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => {
+                lost = Some(error);
+                ControlFlow::Break(())
+            }
+        }
+    });
+    match lost {
+        Some(lost) => Err(EngineError::from(lost).into()),
+        None => Ok(started?),
+    }
 }
 
 fn told_load(console: &Console, rank: Rank, start: Instant) {
@@ -174,7 +204,9 @@ fn prepare(
     let start = Instant::now();
     let comms = team.comms(&plan, limit)?;
     let (backend, _) = backend(launch.share(device))?;
-    let runner = start_rank(backend, comms, &model.checkpoint, &plan, launch.rank, &mut |_| {})?;
+    let runner = load(&team.world, limit, &mut |_| {}, |progress| {
+        start_rank(backend, comms, &model.checkpoint, &plan, launch.rank, progress)
+    })?;
     told_load(console, launch.rank, start);
     Ok(runner)
 }

@@ -288,6 +288,15 @@ impl Board {
         Some(now.saturating_duration_since(got_on))
     }
 
+    /// The rank that has said nothing for longest, of those that have not gone.
+    pub(crate) fn longest_silence(&self, now: Instant) -> Option<(Rank, Duration)> {
+        let peers = self.peers();
+        let there = peers.iter().enumerate().filter(|&(idx, peer)| idx != self.me.0 && peer.gone.is_none());
+        let silence =
+            |peer: &Peer| peer.heard.map_or(Duration::ZERO, |heard| now.saturating_duration_since(heard));
+        there.map(|(idx, peer)| (Rank(idx), silence(peer))).max_by_key(|&(_, silence)| silence)
+    }
+
     /// How long a rank has said nothing.
     pub(crate) fn silence(&self, rank: Rank, now: Instant) -> Duration {
         let heard = self.peers().get(rank.0).and_then(|peer| peer.heard);

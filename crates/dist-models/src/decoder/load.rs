@@ -1,5 +1,7 @@
 //! Brings one rank's part of a checkpoint into a backend; the only place that knows tensors by name.
 
+use std::ops::ControlFlow;
+
 use dist_core::plan::{Plan, TOKEN_TABLE};
 use dist_core::{Coord, DType, ModelConfig, Rank, TensorSpec};
 use dist_kernels::weight::{HostBytes, HostPart, HostWeight, Layout, Weight};
@@ -17,6 +19,14 @@ pub enum LoadError {
     /// The device.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// Whoever was told of the progress did not want more.
+    #[error("loading was broken off after {done_bytes} of {total_bytes} bytes")]
+    BrokenOff {
+        /// Bytes of weights taken in so far.
+        done_bytes: u64,
+        /// Bytes of this rank's weights.
+        total_bytes: u64,
+    },
 }
 
 /// How far loading is.
@@ -28,6 +38,10 @@ pub struct LoadProgress {
     pub total_bytes: u64,
 }
 
+/// Is told after each tensor how far loading is, and says whether it goes on: a rank that loads for minutes sees so that
+/// another one is gone.
+pub type OnProgress<'a> = &'a mut dyn FnMut(LoadProgress) -> ControlFlow<()>;
+
 /// Takes tensors in by their canonical names.
 struct Loader<'a, B: Backend> {
     backend: &'a mut B,
@@ -35,7 +49,7 @@ struct Loader<'a, B: Backend> {
     specs: Vec<TensorSpec>,
     tp: usize,
     tp_rank: usize,
-    progress: &'a mut dyn FnMut(LoadProgress),
+    progress: OnProgress<'a>,
     state: LoadProgress,
 }
 
@@ -44,9 +58,13 @@ impl<B: Backend> Loader<'_, B> {
         self.specs.iter().find(|spec| spec.name == name).cloned()
     }
 
-    fn advance(&mut self, n_bytes: usize) {
+    fn advance(&mut self, n_bytes: usize) -> Result<(), LoadError> {
         self.state.done_bytes += n_bytes as u64;
-        (self.progress)(self.state);
+        let LoadProgress { done_bytes, total_bytes } = self.state;
+        match (self.progress)(self.state) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(LoadError::BrokenOff { done_bytes, total_bytes }),
+        }
     }
 
     /// A matrix.
@@ -77,7 +95,7 @@ impl<B: Backend> Loader<'_, B> {
         }
         let n_bytes = host.n() * host.k * host.dtype.bytes();
         let weight = self.backend.prepare(host)?;
-        self.advance(n_bytes);
+        self.advance(n_bytes)?;
         Ok(weight)
     }
 
@@ -92,7 +110,7 @@ impl<B: Backend> Loader<'_, B> {
         let values = self.checkpoint.vector(&spec, self.tp, self.tp_rank)?;
         let mut buf = self.backend.alloc(name, DType::F32, values.len())?;
         self.backend.upload(&mut buf, 0, bytemuck::cast_slice(&values))?;
-        self.advance(values.len() * spec.dtype.bytes());
+        self.advance(values.len() * spec.dtype.bytes())?;
         Ok(Some(buf))
     }
 
@@ -143,7 +161,7 @@ impl<B: Backend> Decoder<B> {
         checkpoint: &Checkpoint,
         plan: &Plan,
         rank: Rank,
-        progress: &mut dyn FnMut(LoadProgress),
+        progress: OnProgress<'_>,
     ) -> Result<Self, LoadError> {
         let config = checkpoint.config();
         let Coord { tp: tp_rank, pp: stage, .. } = plan.mesh.coord(rank);

@@ -1,5 +1,6 @@
 //! The golden log-probabilities of a fixed prompt: computed at export a layer at a time, and asked again of an engine.
 
+use std::ops::ControlFlow;
 use std::time::Duration;
 
 use dist_comm::{Comm, Local, Solo};
@@ -114,7 +115,8 @@ pub fn logprobs(
         let options = CpuOptions { threads, path: CpuPath::Auto, spin: Duration::from_micros(50) };
         let comms = Comms { tp: Comm::Solo(Solo::new()), pp: Comm::Local(end) };
         let backend = CpuBackend::new(options)?;
-        let mut runner = start_rank(backend, comms, checkpoint, &plan, Rank(stage), &mut |_| {})?;
+        let mut runner =
+            start_rank(backend, comms, checkpoint, &plan, Rank(stage), &mut |_| ControlFlow::Continue(()))?;
         runner.submit(&batch)?;
         first.get_or_insert(runner);
     }
