@@ -5,12 +5,13 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use dist_core::plan::{TOKEN_TABLE, stage_specs};
-use dist_core::{ModelConfig, Rank};
+use dist_core::{DType, ModelConfig, Rank, decoder_specs};
 use dist_kernels::weight::{HostWeight, Layout};
 use dist_models::checkpoint::{Checkpoint, CheckpointError, OpenOptions};
 use dist_models::export::{ExportRequest, Progress};
-use dist_models::manifest::Split;
+use dist_models::manifest::{Digest, Place, Split, WEIGHTS};
 use half::{bf16, f16};
+use sha2::{Digest as _, Sha256};
 
 /// The repository: `DIST_REPO`, or the first folder upwards that holds `tests/fixtures`.
 fn repo() -> PathBuf {
@@ -203,4 +204,31 @@ impl Files {
         self.remove(name);
         std::fs::rename(other.join(name), self.dir.join(name)).unwrap();
     }
+}
+
+/// An exported directory whose matrices are bf16 and whose vectors are f32, made by hand of one that is all f32.
+pub(crate) fn with_halved_matrices(whole: &Checkpoint, dir: &Path) -> Checkpoint {
+    let mut manifest = whole.manifest().unwrap().clone();
+    for row in manifest.tensors.iter_mut().filter(|row| row.shape.len() == 2) {
+        row.dtype = DType::BF16;
+    }
+    let files = manifest.files();
+    let mut bytes = vec![0; files[0].length as usize];
+    bytes[..files[0].header.len()].copy_from_slice(&files[0].header);
+    for (slot, row) in files[0].slots.iter().zip(&mut manifest.tensors) {
+        let spec = decoder_specs(whole.config()).swap_remove(slot.tensor);
+        let data: Vec<u8> = if slot.dtype == DType::BF16 {
+            let cells = cells(&whole.weight(&spec, 1, 0).unwrap());
+            cells.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect()
+        } else {
+            whole.vector(&spec, 1, 0).unwrap().iter().flat_map(|x| x.to_le_bytes()).collect()
+        };
+        row.sha256 = Digest(Sha256::digest(&data).into());
+        row.place = Some(Place { file: WEIGHTS.into(), offset: slot.offset, length: slot.length });
+        bytes[slot.offset as usize..][..data.len()].copy_from_slice(&data);
+    }
+    std::fs::create_dir(dir).unwrap();
+    std::fs::write(dir.join(WEIGHTS), bytes).unwrap();
+    std::fs::write(dir.join("manifest.json"), manifest.to_json()).unwrap();
+    open(dir)
 }

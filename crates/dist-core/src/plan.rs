@@ -194,20 +194,32 @@ impl Plan {
     }
 }
 
-/// The tensors of pipeline stage `stage`, in canonical order, with their global shapes.
+/// The pipeline stages that hold `spec`, first one first.
 ///
 /// A tied token embedding is in the first stage, as the table, and in the last one, as the head.
 #[must_use]
+pub fn stages_of(model: &ModelConfig, stages: &[usize], spec: &TensorSpec) -> Vec<usize> {
+    let last = stages.len() - 1;
+    match spec.owner {
+        Owner::Embed if last > 0 && model.tied_head && spec.name == TOKEN_TABLE => vec![0, last],
+        Owner::Embed => vec![0],
+        Owner::Layer(layer) => {
+            let mut end = 0;
+            let holds = |n: &usize| {
+                end += n;
+                layer < end
+            };
+            stages.iter().position(holds).into_iter().collect()
+        }
+        Owner::Head => vec![last],
+    }
+}
+
+/// The tensors of pipeline stage `stage`, in canonical order, with their global shapes.
+#[must_use]
 pub fn stage_specs(model: &ModelConfig, stages: &[usize], stage: usize) -> Vec<TensorSpec> {
-    let start: usize = stages[..stage].iter().sum();
-    let (layers, last) = (start..start + stages[stage], stage + 1 == stages.len());
-    let is_head = |spec: &TensorSpec| model.tied_head && spec.name == TOKEN_TABLE;
     let mut specs = decoder_specs(model);
-    specs.retain(|spec| match spec.owner {
-        Owner::Embed => stage == 0 || last && is_head(spec),
-        Owner::Layer(layer) => layers.contains(&layer),
-        Owner::Head => last,
-    });
+    specs.retain(|spec| stages_of(model, stages, spec).contains(&stage));
     specs
 }
 

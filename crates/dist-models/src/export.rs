@@ -17,7 +17,7 @@ use dist_core::{DType, ModelConfig, Rank, TensorSpec, decoder_specs};
 use crate::checkpoint::{Checkpoint, own};
 use crate::manifest::layout::{self, FileLayout};
 use crate::manifest::{self, Golden, Manifest, PartRow, Place, RankManifest, Split, TensorRow};
-use copy::{Copied, Job};
+use copy::{Copied, Job, PieceBytes};
 pub use error::ExportError;
 use target::Target;
 pub(crate) use tokenizer::FILES as TOKENIZER_FILES;
@@ -113,16 +113,15 @@ impl ExportRequest<'_> {
             target.create_parent(path)?;
         }
         let jobs = self.jobs(&outline)?;
-        let copied = copy::run(
-            &copy::Order {
-                source: self.source,
-                jobs: &jobs,
-                split: self.split,
-                files: &outline.files,
-                paths: &paths,
-            },
-            watch,
-        )?;
+        let order = copy::Order {
+            source: self.source,
+            jobs: &jobs,
+            split: self.split,
+            files: &outline.files,
+            paths: &paths,
+            piece_bytes: PieceBytes::USUAL,
+        };
+        let copied = copy::run(&order, watch)?;
         let tokenizer = tokenizer::write(self.source, &target)?;
         let mut manifest = Manifest {
             schema_version: manifest::SCHEMA_VERSION,

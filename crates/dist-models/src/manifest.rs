@@ -26,8 +26,9 @@ pub const FILE: &str = "manifest.json";
 pub const WEIGHTS: &str = "weights.safetensors";
 /// Bound on a manifest that is read; a model of 4,096 layers needs about 20 MB.
 pub const MAX_BYTES: u64 = 64 << 20;
-/// Tensors times tensor-parallel ranks that a manifest may speak of; the largest published models have 20,000.
-const MAX_PARTS: usize = 1 << 20;
+/// Tensors times tensor-parallel ranks that a manifest may speak of; a model of 96 layers for 64 ranks
+/// has 75,000.
+const MAX_PARTS: usize = 1 << 18;
 
 /// How a model is cut: ranks that share each layer, and the layers of each stage.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

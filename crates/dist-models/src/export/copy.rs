@@ -1,6 +1,8 @@
 //! From one checkpoint to files of weights, on two threads: one reads and hashes whole tensors, the other cuts, hashes
 //! the cuts and writes. Memory is a few pieces of bounded size, whatever the size of the model.
 
+#[cfg(test)]
+mod tests;
 mod writer;
 
 use std::ops::ControlFlow;
@@ -18,9 +20,19 @@ use crate::manifest::{Digest, Split};
 use writer::Writer;
 
 /// Bytes that are read at a time.
-const PIECE_BYTES: usize = 4 << 20;
-/// The same where rows lie across the file: longer runs of each line of it.
-const TURNED_BYTES: usize = 32 << 20;
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PieceBytes {
+    /// Where rows follow each other in the file.
+    along: usize,
+    /// Where they lie across it: longer runs of each line of it.
+    across: usize,
+}
+
+impl PieceBytes {
+    /// Small enough to be hashed and cut in the processor's cache.
+    pub(super) const USUAL: Self = Self { along: 4 << 20, across: 32 << 20 };
+}
+
 /// Pieces that are on their way to the writer.
 const AHEAD: usize = 4;
 
@@ -45,6 +57,7 @@ pub(super) struct Order<'a> {
     /// The files, in order of ranks.
     pub(super) files: &'a [FileLayout],
     pub(super) paths: &'a [PathBuf],
+    pub(super) piece_bytes: PieceBytes,
 }
 
 /// The hashes of what was copied.
@@ -118,7 +131,8 @@ struct Reader<'a, 'w> {
 impl Reader<'_, '_> {
     fn copy(&mut self, tensor: usize, job: &Job) -> Result<(), Stopped> {
         let row_len = job.target.n_elements() / job.target.shape[0];
-        let piece_bytes = if job.is_transposed { TURNED_BYTES } else { PIECE_BYTES };
+        let PieceBytes { along, across } = self.order.piece_bytes;
+        let piece_bytes = if job.is_transposed { across } else { along };
         let widest = job.from.bytes().max(job.target.dtype.bytes());
         let step = (piece_bytes / (row_len * widest)).max(1);
         let (mut before, mut after) = (Sha256::new(), Sha256::new());

@@ -1,7 +1,8 @@
 //! Where each tensor lies in a file of weights: a function of the specs and the cut, the same for who writes and who
 //! reads.
 
-use dist_core::{DType, Rank, TensorSpec};
+use dist_core::plan::stages_of;
+use dist_core::{DType, ModelConfig, Rank, TensorSpec};
 use serde_json::{Map, Value, json};
 
 use super::{Manifest, Split};
@@ -90,30 +91,21 @@ fn header<'a>(slots: impl Iterator<Item = &'a Slot>) -> Vec<u8> {
 
 /// The files of every rank, in order of ranks; one file where nothing is cut. `specs` are the model's, in canonical
 /// order.
-pub fn files(model: &dist_core::ModelConfig, specs: &[TensorSpec], split: &Split) -> Vec<FileLayout> {
+pub fn files(model: &ModelConfig, specs: &[TensorSpec], split: &Split) -> Vec<FileLayout> {
     let mesh = split.mesh();
-    let stages = (0..split.pp()).map(|stage| held(model, specs, split, stage)).collect::<Vec<_>>();
+    let mut held = vec![Vec::new(); split.pp()];
+    for (i, spec) in specs.iter().enumerate() {
+        for stage in stages_of(model, &split.stages, spec) {
+            held[stage].push((i, spec));
+        }
+    }
     let ranks = (0..mesh.world_size()).map(Rank);
     ranks
         .map(|rank| {
             let coord = mesh.coord(rank);
-            FileLayout::of(stages[coord.pp].iter().map(|&i| (i, &specs[i])), split.tp, coord.tp)
+            FileLayout::of(held[coord.pp].iter().copied(), split.tp, coord.tp)
         })
         .collect()
-}
-
-/// The numbers of the tensors that `stage` holds, in canonical order.
-fn held(model: &dist_core::ModelConfig, specs: &[TensorSpec], split: &Split, stage: usize) -> Vec<usize> {
-    let held = dist_core::plan::stage_specs(model, &split.stages, stage);
-    let mut held = held.iter().map(|spec| spec.name.as_str()).peekable();
-    // Both lists are in canonical order.
-    let mut numbers = Vec::new();
-    for (i, spec) in specs.iter().enumerate() {
-        if held.next_if(|name| *name == spec.name).is_some() {
-            numbers.push(i);
-        }
-    }
-    numbers
 }
 
 impl Manifest {
