@@ -223,7 +223,7 @@ fn a_rank_that_made_no_call_at_all_was_never_seen() {
     });
     let expected =
         "rank 1 never entered all_reduce #1 (layer 11, attention output; decode step 73); it was never seen";
-    assert_eq!((told[0].as_str(), told[2].as_str()), (expected, expected));
+    assert!(told[0].starts_with(expected) && told[2].starts_with(expected), "{told:?}");
     assert!(told[1].starts_with("rank 1 is lost: "), "{}", told[1]);
 }
 
