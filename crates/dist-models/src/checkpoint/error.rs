@@ -53,6 +53,16 @@ impl Findings {
             self.n_more += 1;
         }
     }
+
+    /// Adds what another look has found, what is there already but once.
+    pub(crate) fn extend(&mut self, other: Self) {
+        self.n_more += other.n_more;
+        for finding in other.shown {
+            if !self.shown.contains(&finding) {
+                self.add(finding.what, finding.expected, finding.found);
+            }
+        }
+    }
 }
 
 impl fmt::Display for Findings {
@@ -290,6 +300,9 @@ impl CheckpointError {
                 "use the safetensors files that it was made from; they are usually in the same repository \
                  without -GGUF in its name"
                     .to_owned()
+            }
+            Self::NoConfig { dir } if dir.join("rank_0").is_dir() => {
+                "ranks' directories are read with the manifest.json beside them: copy it here too".to_owned()
             }
             Self::NoConfig { dir } => match cached_name(dir) {
                 Some(name) => format!("complete the download with: hf download {name}"),

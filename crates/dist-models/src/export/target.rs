@@ -39,8 +39,9 @@ impl Target {
         target.take()?;
         let free = statvfs(&parent).map_err(|error| ExportError::write(&parent)(error.into()))?;
         let available = free.f_bavail.saturating_mul(free.f_frsize);
-        if available < n_bytes.saturating_add(BESIDE_BYTES) {
-            return Err(ExportError::NoSpace { dir: target.place.clone(), needed: n_bytes, available });
+        let needed = n_bytes.saturating_add(BESIDE_BYTES);
+        if available < needed {
+            return Err(ExportError::NoSpace { dir: target.place.clone(), needed, available });
         }
         Ok(target)
     }

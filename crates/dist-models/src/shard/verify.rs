@@ -48,7 +48,16 @@ pub fn verify(dir: &Path, watch: Watch<'_>) -> Result<Verified, ExportError> {
     for (file, layout) in files.iter().enumerate() {
         // Header, length and the rank's own manifest.
         if let Err(error) = checkpoint.open_file(file) {
-            findings.add(checkpoint.file_name(file), "a file as the manifest says", error.to_string());
+            match error {
+                // It names the parts itself.
+                CheckpointError::Parts { findings: found, .. } => findings.extend(found),
+                error => {
+                    // A finding is one line.
+                    let lines: Vec<_> =
+                        error.to_string().lines().map(|line| line.trim().to_owned()).collect();
+                    findings.add(checkpoint.file_name(file), "a file as the manifest says", lines.join(" "));
+                }
+            }
             continue;
         }
         tasks.extend(layout.slots.iter().map(|slot| {
