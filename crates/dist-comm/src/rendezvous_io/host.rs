@@ -17,6 +17,9 @@ use crate::rendezvous::{ConnId, Effect, Event, Rendezvous, RendezvousError, Setu
 /// Connections that may be unproved at one time, beyond the ranks themselves.
 const STRANGERS_MAX: usize = 64;
 
+/// Strangers that are told one by one: whoever connects again and again must not fill the user's terminal or a log.
+const STRANGERS_TOLD: u64 = 8;
+
 /// Longest wait before the clock is looked at.
 const POLL_MAX: Duration = Duration::from_millis(100);
 
@@ -40,6 +43,7 @@ pub(crate) fn host(listener: &TcpListener, request: &JoinRequest) -> Result<Join
         state: Rendezvous::new(setup, Duration::ZERO),
         streams: BTreeMap::new(),
         next: 0,
+        n_strangers: 0,
         start,
     };
     while driver.state.outcome().is_none() {
@@ -53,6 +57,7 @@ struct Driver<'a> {
     state: Rendezvous,
     streams: BTreeMap<ConnId, TcpStream>,
     next: u64,
+    n_strangers: u64,
     start: Instant,
 }
 
@@ -131,7 +136,25 @@ impl Driver<'_> {
             match effect {
                 Effect::Send(conn, bytes) => self.send(conn, &bytes),
                 Effect::Close(conn) => drop(self.streams.remove(&conn)),
-                Effect::Report(event) => report(&event),
+                Effect::Report(event) => self.report(&event),
+            }
+        }
+    }
+
+    fn report(&mut self, event: &Event) {
+        match event {
+            Event::Admitted(rank) => tracing::debug!(rank = rank.0, "rank admitted"),
+            Event::Refused(rank, refusal) => tracing::warn!(rank = rank.0, %refusal, "rank refused"),
+            Event::Left(rank) => tracing::warn!(rank = rank.0, "rank left before the others came"),
+            Event::Stranger { why } => {
+                self.n_strangers += 1;
+                if self.n_strangers <= STRANGERS_TOLD {
+                    tracing::warn!(%why, "connection closed");
+                } else if self.n_strangers.is_power_of_two() {
+                    tracing::warn!(n = self.n_strangers, %why, "connections closed so far, this is the last");
+                } else {
+                    tracing::debug!(%why, "connection closed");
+                }
             }
         }
     }
@@ -163,14 +186,5 @@ impl Driver<'_> {
         }
         lines.sort_by_key(|&(rank, ..): &(Rank, _, _)| rank);
         Ok(Joined { session, members, listener, lines })
-    }
-}
-
-fn report(event: &Event) {
-    match event {
-        Event::Admitted(rank) => tracing::debug!(rank = rank.0, "rank admitted"),
-        Event::Refused(rank, refusal) => tracing::warn!(rank = rank.0, %refusal, "rank refused"),
-        Event::Left(rank) => tracing::warn!(rank = rank.0, "rank left before the others came"),
-        Event::Stranger { why } => tracing::warn!(%why, "connection closed"),
     }
 }
