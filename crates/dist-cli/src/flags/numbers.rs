@@ -39,7 +39,7 @@ pub(super) fn rate(text: &str) -> Result<f64, String> {
 
 /// A count.
 pub(super) fn count(text: &str) -> Result<usize, String> {
-    number(text, |n: &usize| (1..=1 << 24).contains(n), "a whole number of at least 1")
+    number(text, |n: &usize| (1..=1 << 24).contains(n), "a whole number from 1 to 16777216")
 }
 
 /// A number of threads.
