@@ -135,6 +135,11 @@ fn one_command_takes_all_its_ranks_down() {
             // Who was started by it goes with it, or gives it up.
             let left = run.nobody_is_left(Some(pid), case.limit());
             left.map_err(|error| with_words(error, &run))?;
+            let said = run.err(0);
+            let is_told = said.lines().any(|line| line.starts_with("error: ") && line.contains("rank 0 "));
+            if case.fault == Fault::Stop && !is_told {
+                return Err(with_words("no rank says that rank 0 is stopped".to_owned(), &run));
+            }
             run.end(0);
         } else {
             let ends = run.ends(None, case.limit()).map_err(|error| with_words(error, &run))?;

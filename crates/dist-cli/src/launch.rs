@@ -11,6 +11,6 @@ mod place;
 mod secret;
 mod team;
 
-pub use local::{LocalRanks, follow_parent};
+pub use local::{LocalRanks, follow_parent, tell_for_stopped_parent};
 pub use place::{Launch, Split, read_plan};
 pub use team::{Identity, Team, explain, lost_problem};

@@ -57,6 +57,9 @@ fn main() -> ExitCode {
         Ok(Ending::Interrupted) => ExitCode::from(interrupt::EXIT_CODE),
         Err(error) => {
             console.error(&error);
+            if is_started_rank {
+                launch::tell_for_stopped_parent(&console.told(&error));
+            }
             ExitCode::from(problem::exit_of(&error) as u8)
         }
     }

@@ -67,6 +67,27 @@ pub fn follow_parent() -> anyhow::Result<bool> {
     Ok(true)
 }
 
+/// Says why this rank ends where the user sees it, if the process that started it is stopped and passes nothing on.
+pub fn tell_for_stopped_parent(told: &str) {
+    if is_parent_stopped() {
+        // Nobody is left who could hear that this failed.
+        let _ = writeln!(io::stdout(), "{told}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn is_parent_stopped() -> bool {
+    let parent = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
+    // The state is the word after the name, which stands in brackets and may hold anything.
+    let stat = std::fs::read_to_string(format!("/proc/{parent}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| matches!(rest.trim_start().chars().next(), Some('T' | 't')))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn is_parent_stopped() -> bool {
+    false
+}
+
 /// The orders of this process, if it was started as a rank.
 pub fn orders() -> anyhow::Result<Option<Orders>> {
     if std::env::var_os(STARTED_BY).is_none() {
@@ -114,7 +135,8 @@ impl LocalRanks {
         let cannot = |error| Problem::failed(format!("cannot start {rank}")).because(error);
         let mut command = Command::new(std::env::current_exe().map_err(cannot)?);
         command.args(std::env::args_os().skip(1)).env(STARTED_BY, std::process::id().to_string());
-        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+        // Ranks write no results: their standard output is our standard error, for when we are stopped.
+        command.stdin(Stdio::piped()).stdout(io::stderr()).stderr(Stdio::piped());
         let mut child = command.spawn().map_err(cannot)?;
         console.of_rank(rank, &format!("pid {}", child.id()));
         let words = Arc::new(Mutex::new(Vec::new()));

@@ -58,6 +58,11 @@ impl Console {
 
     /// An error: what, why, what to do.
     pub fn error(&self, error: &anyhow::Error) {
+        Self::line(&self.told(error));
+    }
+
+    /// The same in words.
+    pub fn told(&self, error: &anyhow::Error) -> String {
         let mut told = format!("{} {error}", self.paint("1;31", "error:"));
         let mut last = error.to_string();
         for cause in error.chain().skip(1) {
@@ -71,7 +76,7 @@ impl Console {
         if let Some(help) = help_of(error) {
             let _ = write!(told, "\n{} {help}", self.paint("1;36", "help:"));
         }
-        Self::line(&told);
+        told
     }
 
     /// What clap has against the command line, in the shape of all other errors. `command` is what was typed.
