@@ -192,8 +192,10 @@ impl ExportRequest<'_> {
             let (prompt_ids, logprobs) = (&golden.prompt_ids[..n], &golden.logprobs[..n - 1]);
             return Ok(Golden { prompt_ids: prompt_ids.to_vec(), logprobs: logprobs.to_vec() });
         }
-        let written = own::assemble(dir, Arc::new(manifest.clone()), own::Reading::WRITTEN);
-        let logprobs = probe::logprobs(&written, &manifest.golden.prompt_ids, self.threads)?;
+        let shared = Arc::new(manifest.clone());
+        let open = || own::assemble(dir, Arc::clone(&shared), own::Reading::WRITTEN);
+        let prompt_ids = &manifest.golden.prompt_ids;
+        let logprobs = probe::logprobs_of(&manifest.model, &open, prompt_ids, self.threads)?;
         if let Some(found) = logprobs.iter().find(|logprob| !logprob.is_finite()) {
             return Err(ExportError::NotFinite { found: *found });
         }

@@ -13,9 +13,11 @@ writes OUT/inference_model_pp{PP}mp{TP}/rank_{R}. Without degrees (or with
 for byte. Cutting beforehand is optional: ranks of infer read their own bytes of
 an uncut directory too.
 
-Memory stays below 1 GB whatever the model's size. All bytes are hashed on the
-way, and compared to the source's hashes where it has some. It is written beside
-its place and renamed when all of it is on the disk.
+Copying takes less than 100 MB of memory whatever the model's size; a model of
+Hugging Face is asked for its golden log-probabilities too, a layer at a time.
+All bytes are hashed on the way, and compared to the source's hashes where it
+has some. It is written beside its place and renamed when all of it is on the
+disk: a run that is killed leaves what was there as it was.
 
 Exit codes: 0 done, 1 it failed or hashes differ, 2 a flag is wrong, 130 interrupted.
 

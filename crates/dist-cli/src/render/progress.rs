@@ -70,7 +70,8 @@ impl CopyBar {
         let bar = self.bar.get_or_insert_with(|| {
             let template =
                 "{msg} {wide_bar} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta}";
-            ProgressBar::new(progress.total_bytes).with_style(style(template)).with_message(self.what)
+            let bar = ProgressBar::new(progress.total_bytes).with_elapsed(self.start.elapsed());
+            bar.with_style(style(template)).with_message(self.what)
         });
         bar.set_position(progress.done_bytes);
         if progress.done_bytes == progress.total_bytes {

@@ -227,8 +227,8 @@ pub(crate) struct Reading {
 }
 
 impl Reading {
-    /// What was hashed a moment ago: read a layer at a time, so that no more than that is in memory.
-    pub(crate) const WRITTEN: Self = Self { mmap: false, compares: false };
+    /// What was hashed a moment ago.
+    pub(crate) const WRITTEN: Self = Self { mmap: true, compares: false };
 }
 
 /// The canonical tensors as pieces of the ranks' files.

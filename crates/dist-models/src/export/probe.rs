@@ -1,11 +1,12 @@
 //! The golden log-probabilities of a fixed prompt: computed at export a layer at a time, and asked again of an engine.
 
+use std::borrow::Borrow;
 use std::ops::ControlFlow;
 use std::time::Duration;
 
 use dist_comm::{Comm, Local, Solo};
 use dist_core::plan::{KvPlan, Limits, Plan, Predictions, SCHEMA_VERSION};
-use dist_core::{DType, Mesh, Rank};
+use dist_core::{DType, Mesh, ModelConfig, Rank};
 use dist_kernels::Backend;
 use dist_kernels::args::SampleRow;
 use dist_kernels::cpu::{CpuBackend, CpuOptions, CpuPath};
@@ -108,15 +109,26 @@ pub fn logprobs(
     prompt_ids: &[u32],
     threads: usize,
 ) -> Result<Vec<f32>, EngineError> {
-    let plan = plan(checkpoint, prompt_ids.len());
+    logprobs_of(checkpoint.config(), &|| checkpoint, prompt_ids, threads)
+}
+
+/// The same for a checkpoint that is opened for each layer anew, so that a layer's pages are let go with it.
+pub(super) fn logprobs_of<C: Borrow<Checkpoint>>(
+    model: &ModelConfig,
+    open: &dyn Fn() -> C,
+    prompt_ids: &[u32],
+    threads: usize,
+) -> Result<Vec<f32>, EngineError> {
+    let plan = plan(model, prompt_ids.len());
     let batch = batch(prompt_ids);
     let mut first: Option<Runner<CpuBackend>> = None;
     for (stage, end) in Local::world(plan.mesh.pp, DEADLINE).into_iter().enumerate() {
         let options = CpuOptions { threads, path: CpuPath::Auto, spin: Duration::from_micros(50) };
         let comms = Comms { tp: Comm::Solo(Solo::new()), pp: Comm::Local(end) };
         let backend = CpuBackend::new(options)?;
-        let mut runner =
-            start_rank(backend, comms, checkpoint, &plan, Rank(stage), &mut |_| ControlFlow::Continue(()))?;
+        let mut runner = start_rank(backend, comms, open().borrow(), &plan, Rank(stage), &mut |_| {
+            ControlFlow::Continue(())
+        })?;
         runner.submit(&batch)?;
         first.get_or_insert(runner);
     }
@@ -126,8 +138,8 @@ pub fn logprobs(
 }
 
 /// A stage a layer.
-fn plan(checkpoint: &Checkpoint, len: usize) -> Plan {
-    let model = checkpoint.config().clone();
+fn plan(model: &ModelConfig, len: usize) -> Plan {
+    let model = model.clone();
     Plan {
         schema_version: SCHEMA_VERSION,
         mesh: Mesh { tp: 1, pp: model.n_layers, dp: 1 },
