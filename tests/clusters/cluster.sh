@@ -3,11 +3,21 @@
 # shellcheck shell=bash
 
 scratch=$(mktemp -d)
+mkdir "$scratch/log"
 endings=()
+# Tells our processes from those of another run of the same binary.
+export CLUSTER_RUN=$scratch
+# Names of namespaces and links are this run's own. Without namespaces a script sets `has_hosts=0`.
+id=$((BASHPID % 100000))
+has_hosts=1
+printf '127.0.0.1 localhost\n' >"$scratch/hosts"
 
 finish() {
     local status=$?
     set +e
+    # What still runs after a failure would hold the namespaces and the launchers.
+    # shellcheck disable=SC2046 # One word a process.
+    kill -9 $(processes "$binary") 2>/dev/null
     for ((i = ${#endings[@]} - 1; i >= 0; i--)); do eval "${endings[$i]}" >/dev/null 2>&1; done
     rm -rf "$scratch"
     exit "$status"
@@ -17,6 +27,18 @@ trap finish EXIT
 # Runs a command at the end, last given first.
 at_end() {
     endings+=("$1")
+}
+
+# in_host HOST COMMAND…: not `ip netns exec`, which mounts another /sys, where slurmd misses its control groups.
+in_host() {
+    local host=$1
+    shift
+    if ((!has_hosts)); then
+        "$@"
+        return
+    fi
+    nsenter --net="/run/netns/d$id-$host" unshare --uts --mount bash -c \
+        'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"' "$host" "$scratch/hosts" "$@"
 }
 
 # One prompt, greedy, as JSON; and one that takes long enough to be disturbed.
@@ -98,6 +120,17 @@ same() {
     echo "$3: the tokens of one rank"
 }
 
+# ranks_met FILE N WHAT: doctor's report has N ranks and all their pairs, and found nothing that forbids a run.
+ranks_met() {
+    local n_ranks n_pairs
+    n_ranks=$(grep -o '"pid":[0-9]*' "$1" | sort -u | wc -l)
+    n_pairs=$(grep -o '"round_trip_us":[0-9.]*' "$1" | wc -l)
+    if ((n_ranks != $2 || n_pairs != $2 * ($2 - 1) / 2)) || ! grep -q '"is_fit":true' "$1"; then
+        fail "$3: $n_ranks ranks and $n_pairs pairs, in $(cat "$1")"
+    fi
+    echo "$3: $n_ranks ranks, $n_pairs pairs"
+}
+
 said() {
     grep -qF -- "$2" "$1" || fail "nobody said: $2"
 }
@@ -117,13 +150,14 @@ rank_process() {
     return 1
 }
 
-# Processes that run a binary.
+# Processes of this run that run a binary.
 processes() {
-    local exe
+    local exe dir
     for exe in /proc/[0-9]*/exe; do
-        if [[ $(readlink "$exe" 2>/dev/null) == "$1" ]]; then
-            exe=${exe#/proc/}
-            echo "${exe%/exe}"
+        if [[ $(readlink "$exe" 2>/dev/null) != "$1" ]]; then continue; fi
+        dir=${exe%/exe}
+        if tr '\0' '\n' <"$dir/environ" 2>/dev/null | grep -qxF "CLUSTER_RUN=$CLUSTER_RUN"; then
+            echo "${dir#/proc/}"
         fi
     done
 }

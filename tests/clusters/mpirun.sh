@@ -23,6 +23,9 @@ for split in "--tp 4" "--tp 2 --pp 2" "--pp 4"; do
     said "$scratch/said" "Open MPI"
 done
 
+within 60 mpi -n 4 "$binary" doctor --json >"$scratch/ranks" 2>"$scratch/said"
+ranks_met "$scratch/ranks" 4 "mpirun -n 4 … doctor"
+
 # What flags say against the launcher is an error that names both.
 if within 60 mpi -n 4 "$binary" infer --tp 2 --pp 1 "${request[@]}" >/dev/null 2>"$scratch/said"; then
     fail "two degrees on four ranks were accepted"

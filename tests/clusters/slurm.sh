@@ -16,7 +16,6 @@ need munge munged
 export SLURM_CONF=$scratch/slurm.conf
 DIST_SECRET=$(head -c 32 /dev/urandom | base64)
 export DIST_SECRET
-mkdir "$scratch/log"
 chmod 755 "$scratch"
 
 # A key and a socket of our own: another munged may be running.
@@ -35,12 +34,10 @@ start_munge() {
 # Hosts `ctl`, `n1` and `n2` on a bridge. Names of namespaces and links are this run's own.
 make_hosts() {
     local host i=0
-    id=$((BASHPID % 100000))
     ip netns add "d$id-sw" 2>"$scratch/log/netns" || return 1
     at_end "ip netns del d$id-sw"
     ip -n "d$id-sw" link add br0 type bridge || return 1
     ip -n "d$id-sw" link set br0 up
-    printf '127.0.0.1 localhost\n' >"$scratch/hosts"
     for host in ctl n1 n2; do
         i=$((i + 1))
         ip netns add "d$id-$host"
@@ -52,18 +49,6 @@ make_hosts() {
         ip -n "d$id-$host" link set lo up
         echo "198.18.77.$i $host" >>"$scratch/hosts"
     done
-}
-
-# in_host HOST COMMAND…: not `ip netns exec`, which mounts another /sys, where slurmd misses its control groups.
-in_host() {
-    local host=$1
-    shift
-    if ((!has_hosts)); then
-        "$@"
-        return
-    fi
-    nsenter --net="/run/netns/d$id-$host" unshare --uts --mount bash -c \
-        'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"' "$host" "$scratch/hosts" "$@"
 }
 
 write_conf() {
@@ -142,6 +127,9 @@ tests_of_ranks() {
         said "$scratch/said" "Slurm"
     done
 
+    within 60 srun_on "$binary" doctor "${where[@]}" --json >"$scratch/ranks" 2>"$scratch/said"
+    ranks_met "$scratch/ranks" 4 "srun -N2 -n4 … doctor"
+
     srun_on -K1 "$binary" infer --tp 2 --pp 2 "${where[@]}" "${long_request[@]}" >"$scratch/ranks" 2>"$scratch/said" &
     local job=$! victim
     victim=$(rank_process SLURM_PROCID=2 "$binary") || fail "task 2 never came"
@@ -170,7 +158,6 @@ test_of_the_cable() {
     wait "$job" || true
 }
 
-has_hosts=1
 make_hosts || has_hosts=0
 # On one machine both nodes would be found at the same address, which their names do not say.
 where=()

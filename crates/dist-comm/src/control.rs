@@ -2,6 +2,7 @@
 //! (`control/watch.rs`) says whether the other end is alive, so that an idle rank may wait for as long as it takes.
 
 pub(crate) mod board;
+mod progress;
 pub(crate) mod watch;
 
 use std::io::{self, Read, Write};
@@ -210,7 +211,7 @@ impl Line {
             return Ok(());
         }
         let (rank, why) = loss.unwrap_or((self.rank, Departure::Closed));
-        watch.tell_lost(rank);
+        watch.tell_loss(rank, &why);
         let last = board.seen(rank, Instant::now()).map(Box::new);
         Err(ControlError::RankLost { rank, why, last })
     }

@@ -120,24 +120,27 @@ impl Tcp {
             return Err(error.clone());
         }
         let result = call(self);
-        self.watch.board().leave(Instant::now());
-        if let Err(error) = &result {
-            tracing::debug!(%error, "communicator ended");
-            self.tell_why(error);
-            self.broken = Some(error.clone());
+        match &result {
+            Ok(()) => self.watch.board().leave(Instant::now()),
+            // The call is never left: the next beat may overtake the word why, and a rank that looks idle is blamed.
+            Err(error) => {
+                tracing::debug!(%error, "communicator ended");
+                self.tell_why(error);
+                self.broken = Some(error.clone());
+            }
         }
         result
     }
 
     fn tell_why(&self, error: &CommError) {
-        let lost = match error {
-            CommError::Timeout { missing, .. } => missing.first().map(|missing| missing.rank),
-            CommError::RankLost { rank, .. } => Some(*rank),
-            _ => None,
-        };
-        match lost {
-            Some(rank) => self.watch.tell_lost(rank),
-            None => self.watch.tell_failed(&error.to_string()),
+        match error {
+            CommError::Timeout { missing, .. } if !missing.is_empty() => {
+                let rank = missing[0].rank;
+                self.watch.board().wait_for(Some(rank));
+                self.watch.tell_lost(rank);
+            }
+            CommError::RankLost { rank, why, .. } => self.watch.tell_loss(*rank, why),
+            _ => self.watch.tell_failed(&error.to_string()),
         }
     }
 

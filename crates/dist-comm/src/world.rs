@@ -186,7 +186,7 @@ impl World {
             std::thread::sleep(Duration::from_millis(1));
         };
         if let Some((rank, why)) = loss {
-            self.watch.tell_lost(rank);
+            self.watch.tell_loss(rank, &why);
             return RendezvousError::RankLost { rank, channel: channel.to_owned(), why };
         }
         match &error {

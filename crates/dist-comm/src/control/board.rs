@@ -7,69 +7,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use dist_core::{DType, Rank};
-use serde::{Deserialize, Serialize};
 
-use crate::call::{Call, CallName, Op};
+use super::progress::Progress;
+use crate::call::{Call, CallName};
 use crate::error::{Departure, Seen};
 
 /// A rank that has said nothing for so long is called silent. Its beats come ten times a second.
 pub(crate) const SILENT_AFTER: Duration = Duration::from_secs(1);
-
-/// Where a rank is, as it goes over the wire.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Progress {
-    /// The communicator.
-    pub(crate) group: String,
-    /// Number of the call there.
-    pub(crate) number: u64,
-    pub(crate) op: WireOp,
-    pub(crate) bytes: u64,
-    /// The call's name as text.
-    pub(crate) name: String,
-    /// Milliseconds since it entered the call or, once it has left it, since then.
-    pub(crate) since_ms: u64,
-    /// Whether it is inside the call.
-    pub(crate) is_inside: bool,
-    /// Whom it waits for inside the call, if that takes long.
-    pub(crate) waits_for: Option<Rank>,
-}
-
-/// An [`Op`] as it goes over the wire.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum WireOp {
-    AllReduce,
-    AllGather,
-    Broadcast(Rank),
-    Barrier,
-    Send(Rank),
-    Recv(Rank),
-}
-
-impl From<Op> for WireOp {
-    fn from(op: Op) -> Self {
-        match op {
-            Op::AllReduce => Self::AllReduce,
-            Op::AllGather => Self::AllGather,
-            Op::Broadcast { root } => Self::Broadcast(root),
-            Op::Barrier => Self::Barrier,
-            Op::Send { to } => Self::Send(to),
-            Op::Recv { from } => Self::Recv(from),
-        }
-    }
-}
-
-impl From<WireOp> for Op {
-    fn from(op: WireOp) -> Self {
-        match op {
-            WireOp::AllReduce => Self::AllReduce,
-            WireOp::AllGather => Self::AllGather,
-            WireOp::Broadcast(root) => Self::Broadcast { root },
-            WireOp::Barrier => Self::Barrier,
-            WireOp::Send(to) => Self::Send { to },
-            WireOp::Recv(from) => Self::Recv { from },
-        }
-    }
-}
 
 /// How a rank is gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,8 +22,8 @@ pub(crate) enum Gone {
     Closed,
     /// With a word of its own.
     Departed(Departure),
-    /// Because another rank was lost to it.
-    Lost(Rank),
+    /// Because another rank was lost to it: it did not come, or it is gone.
+    Lost { rank: Rank, is_gone: bool },
 }
 
 /// Our own place.
@@ -105,6 +49,15 @@ struct Peer {
     gone: Option<Gone>,
 }
 
+/// A rank that another could not go on without.
+#[derive(Clone, Copy, Debug)]
+struct GivenUp {
+    rank: Rank,
+    by: Rank,
+    /// Somebody has seen it go.
+    is_gone: bool,
+}
+
 /// What one rank knows of all.
 #[derive(Debug)]
 pub(crate) struct Board {
@@ -113,8 +66,8 @@ pub(crate) struct Board {
     /// How often we have got on.
     steps: AtomicU64,
     peers: Mutex<Vec<Peer>>,
-    /// Ranks that somebody, or we, have given up, with who said so first.
-    given_up: Mutex<Option<(Rank, Rank)>>,
+    /// The rank that somebody gave up first.
+    given_up: Mutex<Option<GivenUp>>,
     /// Somebody is gone: to be looked at while waiting.
     alarm: AtomicBool,
 }
@@ -216,8 +169,10 @@ impl Board {
 
     /// A peer is gone. The first reason stays, but a word of its own says more than a closed connection.
     pub(crate) fn on_gone(&self, rank: Rank, gone: Gone) {
-        if let Gone::Lost(lost) = gone {
-            whole(self.given_up.lock()).get_or_insert((lost, rank));
+        if let Gone::Lost { rank: lost, is_gone } = gone {
+            let mut given_up = whole(self.given_up.lock());
+            let first = given_up.get_or_insert(GivenUp { rank: lost, by: rank, is_gone });
+            first.is_gone |= is_gone && first.rank == lost;
         }
         if let Some(peer) = self.peers().get_mut(rank.0) {
             peer.gone.get_or_insert(gone);
@@ -243,10 +198,12 @@ impl Board {
             Some((Rank(idx), departure))
         });
         // A rank that was given up by others is the cause of their leaving, so it comes first.
-        if let Some((rank, by)) = *whole(self.given_up.lock()) {
+        if let Some(GivenUp { rank, by, is_gone }) = *whole(self.given_up.lock()) {
             let why = match peers.get(rank.0).and_then(|peer| peer.gone.as_ref()) {
                 Some(Gone::Closed) => Departure::Closed,
                 Some(Gone::Departed(departure)) => departure.clone(),
+                // Its connection to us may close a moment later than that to another.
+                _ if is_gone => Departure::Closed,
                 _ => Departure::GivenUp { by },
             };
             return Some((rank, why));
@@ -255,7 +212,7 @@ impl Board {
             let needed = needed?;
             match peers.get(needed.0)?.gone.as_ref()? {
                 Gone::Departed(departure) => Some((needed, departure.clone())),
-                Gone::Closed | Gone::Lost(_) => Some((needed, Departure::Closed)),
+                Gone::Closed | Gone::Lost { .. } => Some((needed, Departure::Closed)),
             }
         })
     }
@@ -327,6 +284,7 @@ impl Board {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::call::Op;
 
     fn call(number: u64) -> Call {
         let name = CallName::new("attention output").layer(11).step(73);
@@ -387,10 +345,19 @@ mod tests {
         board.on_gone(Rank(3), Gone::Departed(Departure::Left));
         assert_eq!(board.loss(Some(Rank(1))), None, "nobody needs rank 3");
         assert_eq!(board.loss(Some(Rank(3))), Some((Rank(3), Departure::Left)));
-        board.on_gone(Rank(1), Gone::Lost(Rank(2)));
+        board.on_gone(Rank(1), Gone::Lost { rank: Rank(2), is_gone: false });
         board.on_gone(Rank(1), Gone::Closed);
         assert_eq!(board.loss(Some(Rank(1))), Some((Rank(2), Departure::GivenUp { by: Rank(1) })));
         board.on_gone(Rank(2), Gone::Closed);
         assert_eq!(board.loss(None), Some((Rank(2), Departure::Closed)));
+    }
+
+    #[test]
+    fn who_sees_a_rank_go_tells_those_who_do_not_yet() {
+        let board = Board::new(Rank(0), 4, Instant::now());
+        board.on_gone(Rank(1), Gone::Lost { rank: Rank(3), is_gone: false });
+        assert_eq!(board.loss(None), Some((Rank(3), Departure::GivenUp { by: Rank(1) })));
+        board.on_gone(Rank(2), Gone::Lost { rank: Rank(3), is_gone: true });
+        assert_eq!(board.loss(None), Some((Rank(3), Departure::Closed)));
     }
 }

@@ -14,7 +14,8 @@ use dist_core::Rank;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 
-use super::board::{Board, Gone, Progress};
+use super::board::{Board, Gone};
+use super::progress::Progress;
 use crate::codec::{FrameDecoder, from_bytes, message_frame};
 use crate::error::Departure;
 
@@ -32,8 +33,10 @@ const FAREWELL: Duration = Duration::from_millis(200);
 enum Word {
     /// How often the rank has got on, and where it is.
     Beat(u64, Option<Progress>),
-    /// We give up because of this rank.
+    /// We give up because of this rank, which did not come.
     Lost(Rank),
+    /// We give up because of this rank, which is no more.
+    Gone(Rank),
     Left,
     Panicked,
     Failed(String),
@@ -96,9 +99,14 @@ impl Watch {
         &self.board
     }
 
-    /// Tells all that this rank gives up because `rank` is lost.
+    /// Tells all that this rank gives up because `rank` did not come.
     pub(crate) fn tell_lost(&self, rank: Rank) {
         self.tell(Word::Lost(rank));
+    }
+
+    /// Tells all that this rank gives up because `rank` went like this.
+    pub(crate) fn tell_loss(&self, rank: Rank, why: &Departure) {
+        self.tell(if matches!(why, Departure::GivenUp { .. }) { Word::Lost(rank) } else { Word::Gone(rank) });
     }
 
     /// Tells all that this rank gives up by itself.
@@ -252,7 +260,8 @@ impl Line {
                     board.on_beat(self.rank, steps, progress, Instant::now());
                     continue;
                 }
-                Ok(Word::Lost(rank)) => Gone::Lost(rank),
+                Ok(Word::Lost(rank)) => Gone::Lost { rank, is_gone: false },
+                Ok(Word::Gone(rank)) => Gone::Lost { rank, is_gone: true },
                 Ok(Word::Left) => Gone::Departed(Departure::Left),
                 Ok(Word::Panicked) => Gone::Departed(Departure::Panicked),
                 Ok(Word::Failed(why)) => Gone::Departed(Departure::Failed(why)),

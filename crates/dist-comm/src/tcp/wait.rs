@@ -17,6 +17,10 @@ use crate::error::{CommError, Departure, Missing, Seen};
 /// How long what a lost rank sent before may still be on its way, and how long the word why it went.
 const GRACE: Duration = Duration::from_millis(100);
 
+/// How much longer than its deadline a call waits for the word of a rank that is there: it may be giving up for a reason
+/// that it knows best, and at the same moment.
+const LAST_WORD: Duration = Duration::from_millis(250);
+
 /// A wait of so long is told to the others, with the rank that is waited for.
 const LONG: Duration = Duration::from_millis(50);
 
@@ -136,13 +140,15 @@ impl Tcp {
         }
     }
 
-    /// Whether the rank for which the peer waits, or the peer itself, has done something within the deadline.
+    /// Whether the rank for which the peer waits, or the peer itself, has done something within the deadline, or may
+    /// still say why not.
     fn is_getting_on(&self, peer: usize, waited: Duration) -> bool {
         let (board, now) = (self.watch.board(), Instant::now());
         let rank = board.root_of_wait(self.members[peer], now);
         let is_silent = board.silence(rank, now) >= SILENT_AFTER;
         let stood = board.standstill(rank, now).unwrap_or(waited);
-        !is_silent && stood < self.deadline && waited < self.deadline.saturating_mul(DEADLINES_MAX)
+        let has_time = stood < self.deadline && waited < self.deadline.saturating_mul(DEADLINES_MAX);
+        !is_silent && (has_time || waited < self.deadline.saturating_add(LAST_WORD))
     }
 
     /// Waits for a socket, or a little.
