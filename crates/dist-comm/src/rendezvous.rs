@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use self::handshake::{Acceptor, HandshakeError};
 use self::roll::Roll;
-pub use self::roll::{Refusal, RendezvousError};
+pub use self::roll::{Refusal, RendezvousError, TurnedAway};
 use crate::auth::{Nonce, Secret};
 use crate::codec::{CONTROL_LIMIT, message_frame};
 
@@ -123,6 +123,7 @@ pub struct Rendezvous {
     setup: Setup,
     started: Duration,
     strangers: BTreeMap<ConnId, Stranger>,
+    turned_away: TurnedAway,
     roll: Roll,
     outcome: Option<Result<Vec<Member>, RendezvousError>>,
 }
@@ -132,7 +133,8 @@ impl Rendezvous {
     #[must_use]
     pub fn new(setup: Setup, now: Duration) -> Self {
         let roll = Roll::new(setup.ours.clone());
-        let mut new = Self { setup, started: now, strangers: BTreeMap::new(), roll, outcome: None };
+        let (strangers, turned_away) = (BTreeMap::new(), TurnedAway::default());
+        let mut new = Self { setup, started: now, strangers, turned_away, roll, outcome: None };
         if let Some(members) = new.roll.members() {
             new.outcome = Some(Ok(members));
         }
@@ -206,7 +208,9 @@ impl Rendezvous {
             return Vec::new();
         }
         match self.strangers.remove(&conn) {
-            Some(_) => vec![report_stranger("closed the connection before it proved the secret".to_owned())],
+            Some(_) => {
+                vec![self.report_stranger("closed the connection before it proved the secret".to_owned())]
+            }
             None => self.leave(conn, None),
         }
     }
@@ -274,7 +278,7 @@ impl Rendezvous {
     }
 
     fn fail(&mut self, waited: Duration) -> Vec<Effect> {
-        let error = self.roll.error(waited);
+        let error = self.roll.error(waited, self.turned_away.clone());
         let mut effects = self.tell_all(&Outcome::Abort { why: error.to_string() });
         effects.extend(self.connections().map(|(_, conn)| Effect::Close(conn)));
         self.outcome = Some(Err(error));
@@ -296,7 +300,13 @@ impl Rendezvous {
 
     fn dismiss(&mut self, conn: ConnId, why: String) -> Vec<Effect> {
         self.strangers.remove(&conn);
-        vec![Effect::Close(conn), report_stranger(why)]
+        vec![Effect::Close(conn), self.report_stranger(why)]
+    }
+
+    fn report_stranger(&mut self, why: String) -> Effect {
+        self.turned_away.count += 1;
+        self.turned_away.last.clone_from(&why);
+        Effect::Report(Event::Stranger { why })
     }
 
     fn leave(&mut self, conn: ConnId, why: Option<&str>) -> Vec<Effect> {
@@ -304,8 +314,4 @@ impl Rendezvous {
         let close = why.map(|_| Effect::Close(conn));
         close.into_iter().chain([Effect::Report(Event::Left(rank))]).collect()
     }
-}
-
-fn report_stranger(why: String) -> Effect {
-    Effect::Report(Event::Stranger { why })
 }

@@ -255,6 +255,17 @@ fn another_secret_and_a_reflected_challenge_prove_nothing() {
 }
 
 #[test]
+fn who_was_turned_away_is_told_beside_who_is_missing() {
+    let mut net = Network::new(2);
+    net.connect_rank(&presentation(1, 2), secret(2));
+    net.tick(Duration::from_secs(30));
+    let error = net.state.outcome().unwrap().clone().unwrap_err();
+    let expected = "rendezvous failed after 30.0 s: missing ranks: 1; one connection was turned away: the two sides \
+                    have different secrets: give every rank the same one";
+    assert_eq!(error.to_string(), expected);
+}
+
+#[test]
 fn silence_costs_a_slot_until_its_deadline_and_no_more_than_the_slots() {
     let mut net = Network::new(2);
     for _ in 0..100 {

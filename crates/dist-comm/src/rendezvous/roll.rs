@@ -1,6 +1,7 @@
 //! Who is here, who was refused and why: the judgement of a rendezvous, without connections or time.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::time::Duration;
 
 use dist_core::Rank;
@@ -80,7 +81,7 @@ pub enum Refusal {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RendezvousError {
     /// Not all came, or some were refused.
-    #[error("rendezvous failed after {:.1} s: {}", waited.as_secs_f64(), absent(missing, refused))]
+    #[error("rendezvous failed after {:.1} s: {}{turned_away}", waited.as_secs_f64(), absent(missing, refused))]
     Incomplete {
         /// How long rank 0 waited.
         waited: Duration,
@@ -88,6 +89,8 @@ pub enum RendezvousError {
         missing: Vec<Rank>,
         /// Ranks that came and were refused.
         refused: Vec<(Rank, Refusal)>,
+        /// Connections that proved nothing: a missing rank with another secret or version is one of them.
+        turned_away: TurnedAway,
     },
     /// Rank 0 refused us.
     #[error("rank 0 refused {rank}: {refusal}")]
@@ -145,6 +148,26 @@ pub enum RendezvousError {
         /// The system's answer.
         cause: String,
     },
+}
+
+/// Connections that rank 0 closed because they did not prove the secret.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TurnedAway {
+    /// How many.
+    pub count: u64,
+    /// What the last one did.
+    pub last: String,
+}
+
+impl fmt::Display for TurnedAway {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { count, last } = self;
+        match count {
+            0 => Ok(()),
+            1 => write!(f, "; one connection was turned away: {last}"),
+            _ => write!(f, "; {count} connections were turned away, the last one: {last}"),
+        }
+    }
 }
 
 fn absent(missing: &[Rank], refused: &[(Rank, Refusal)]) -> String {
@@ -243,9 +266,9 @@ impl Roll {
         !self.refused.is_empty() && self.missing().is_empty()
     }
 
-    pub(super) fn error(&self, waited: Duration) -> RendezvousError {
+    pub(super) fn error(&self, waited: Duration, turned_away: TurnedAway) -> RendezvousError {
         let refused = self.refused.iter().map(|(&rank, refusal)| (rank, refusal.clone())).collect();
-        RendezvousError::Incomplete { waited, missing: self.missing(), refused }
+        RendezvousError::Incomplete { waited, missing: self.missing(), refused, turned_away }
     }
 
     /// Ranks that neither are here nor were refused.
