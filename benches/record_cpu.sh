@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 results=$PWD/benches/results
-binary=$PWD/${CARGO_TARGET_DIR:-target}/release/dist-cli
+binary=${CARGO_TARGET_DIR:-target}/release/dist-cli
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 mkdir -p "$results"

@@ -99,6 +99,13 @@ pub(super) unsafe fn dot<S: Simd, E: Stored, const R: usize, const N: usize, con
     let (steps, rest) = (from.len / LANES, from.len % LANES);
     for _ in 0..steps / UNROLL {
         ahead.step(s);
+        if R == 1 && !WIDEN {
+            // SAFETY: four steps are left.
+            acc[0] = unsafe { dot_lines::<S, E, R, N>(s, &from, acc[0]) };
+            from.x = from.x.map(|x| x.wrapping_add(UNROLL * LANES));
+            from.w = from.w.map(|w| w.wrapping_add(UNROLL * LANES * E::BYTES));
+            continue;
+        }
         for step in 0..UNROLL {
             // SAFETY: four steps are left.
             acc = unsafe { dot_step::<S, E, R, N, WIDEN, false>(s, &from, step, acc, tile) };
@@ -116,6 +123,28 @@ pub(super) unsafe fn dot<S: Simd, E: Stored, const R: usize, const N: usize, con
     if rest > 0 {
         // SAFETY: `rest` elements are left of the weights, and a whole step of `x` and of the tile.
         acc = unsafe { dot_step::<S, E, R, N, WIDEN, true>(s, &from, steps % UNROLL, acc, tile) };
+    }
+    acc
+}
+
+/// Adds four steps to the lanes of the only row, output by output: a line of weights is used up before the next one is
+/// touched. Outputs lie a power of two apart in most models, so that their lines share one set of the first cache.
+///
+/// # Safety
+/// As [`dot`] for these steps.
+#[inline(always)]
+unsafe fn dot_lines<S: Simd, E: Stored, const R: usize, const N: usize>(
+    s: S,
+    from: &Operands<R, N>,
+    mut acc: [S::V; N],
+) -> [S::V; N] {
+    // SAFETY: four steps of the row, by the caller's promise.
+    let x: [S::V; UNROLL] = std::array::from_fn(|step| unsafe { s.load_ptr(from.x[0].add(step * LANES)) });
+    for (acc, w) in acc.iter_mut().zip(from.w) {
+        for (step, &x) in x.iter().enumerate() {
+            // SAFETY: four steps of this output, by the caller's promise.
+            *acc = s.fma(x, unsafe { E::load(s, w.add(step * LANES * E::BYTES)) }, *acc);
+        }
     }
     acc
 }
