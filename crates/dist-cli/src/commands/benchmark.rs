@@ -62,8 +62,8 @@ fn report(request: &BenchmarkRequest, launch: &Launch, console: &Console) -> any
 
     let interrupt = interrupt::listen()?;
     let mut cells = Vec::new();
-    // A machine that is shared reads faster at one time than at another, so each cell has its own limit. One rank alone
-    // cannot tell for others that read at the same time.
+    // A machine that is shared reads faster at one time than at another, so each cell has its own limit: the better of
+    // before and after. One rank alone cannot tell for others that read at the same time.
     let is_alone = launch.world_size() == 1;
     let rate = |session: &mut Session| is_alone.then(|| bench::read_rate(session.engine.backend()).0);
     let mut before = rate(&mut session);
@@ -77,7 +77,7 @@ fn report(request: &BenchmarkRequest, launch: &Launch, console: &Console) -> any
         let Some(times) = times else { return Ok(None) };
         let (decode, prefill) = bench::work_of(&plan, cell);
         let after = rate(&mut session);
-        let around = before.zip(after).map(|(before, after)| f64::midpoint(before, after));
+        let around = before.zip(after).map(|(before, after)| before.max(after));
         before = after;
         let ceilings = around.map_or(ceilings, |read_bytes_per_s| Ceilings { read_bytes_per_s, ..ceilings });
         cells.push(Measured { cell, times, predictions, decode, prefill, ceilings });
