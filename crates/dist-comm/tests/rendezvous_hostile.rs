@@ -207,11 +207,15 @@ fn another_protocol_version_is_reported_and_leaves_the_rank_missing() {
         "protocol version {} (ours: {PROTOCOL_VERSION}): run the same build of dist-cli on every machine",
         PROTOCOL_VERSION + 1
     );
-    let report = Effect::Report(Event::Stranger { why: expected });
+    let report = Effect::Report(Event::Stranger { why: expected.clone() });
     assert_eq!(effects, [Effect::Close(ConnId(1)), report]);
     state.on_tick(DEADLINE);
     let error = state.outcome().unwrap().clone().unwrap_err();
-    assert_eq!(error.to_string(), "rendezvous failed after 30.0 s: missing ranks: 1");
+    let turned_away = format!("; one connection was turned away: {expected}");
+    assert_eq!(
+        error.to_string(),
+        "rendezvous failed after 30.0 s: missing ranks: 1".to_owned() + &turned_away
+    );
 }
 
 #[test]
