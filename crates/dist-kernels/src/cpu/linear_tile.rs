@@ -67,8 +67,8 @@ impl Ahead {
     }
 
     #[inline(always)]
-    fn ask<S: Simd>(&mut self, s: S, lines: usize) {
-        let n = lines.min(self.total);
+    fn step<S: Simd>(&mut self, s: S) {
+        let n = self.rate.min(self.total);
         self.total -= n;
         for _ in 0..n {
             s.prefetch(self.line);
@@ -98,8 +98,8 @@ pub(super) unsafe fn dot<S: Simd, E: Stored, const R: usize, const N: usize, con
 ) -> [[S::V; N]; R] {
     let (steps, rest) = (from.len / LANES, from.len % LANES);
     for _ in 0..steps / UNROLL {
+        ahead.step(s);
         if R == 1 && !WIDEN {
-            ahead.ask(s, ahead.rate);
             // SAFETY: four steps are left.
             acc[0] = unsafe { dot_lines::<S, E, R, N>(s, &from, acc[0]) };
             from.x = from.x.map(|x| x.wrapping_add(UNROLL * LANES));
@@ -107,8 +107,6 @@ pub(super) unsafe fn dot<S: Simd, E: Stored, const R: usize, const N: usize, con
             continue;
         }
         for step in 0..UNROLL {
-            // Spread out: a burst of requests would hold up the loads behind it.
-            ahead.ask(s, ahead.rate.div_ceil(UNROLL));
             // SAFETY: four steps are left.
             acc = unsafe { dot_step::<S, E, R, N, WIDEN, false>(s, &from, step, acc, tile) };
         }
