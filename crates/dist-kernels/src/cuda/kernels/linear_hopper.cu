@@ -1,0 +1,121 @@
+// linear for 9 to 64 rows on Hopper's tensor cores (`wgmma`), see linear.cuh.
+//
+// A stage is U blocks of 64 inputs; a block is a tile of TN weight rows and one of 8 · NT rows of x, 128 bytes a row,
+// swizzled as the 128-byte mode of `wgmma` wants it. Two groups of four warps share the outputs (WG = 2) or k (WG = 1).
+
+template <int WG_, int NT_, int U_, int S_>
+struct WgmmaShape {
+    static constexpr int WG = WG_, NT = NT_, U = U_, S = S_;
+    static constexpr int WK = 2 / WG, MW = 1;
+    static constexpr int TN = 64 * WG, KC = 64 * U, CHUNKS = KC / 8;
+    static constexpr int W_BYTES = TN * KC * 2, X_BYTES = NT * 8 * KC * 2;
+    static constexpr int STAGE = W_BYTES + X_BYTES;
+    static constexpr int LD = TN + 4;
+    static constexpr bool ALL = true;
+    static constexpr int SUMS = WK, SUM_FLOATS = NT * 8 * LD;
+    static constexpr int SHARED = S * STAGE + SUMS * SUM_FLOATS * 4;
+    static DEVICE_MEMBER u32 tile_at(int row, int c, int rows) {
+        return (c >> 3) * (rows * 128) + row * 128 + (((c & 7) ^ (row & 7)) << 4);
+    }
+    static DEVICE_MEMBER u32 weight_at(int row, int c) { return tile_at(row, c, TN); }
+    static DEVICE_MEMBER u32 x_at(int row, int c) { return tile_at(row, c, NT * 8); }
+};
+
+// A tile of 128-byte rows in the 128-byte swizzle, eight rows to 1,024 bytes.
+DEVICE u64 tile_descriptor(u32 address) {
+    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
+}
+
+#define WGMMA(n, type, regs, a, b, ...)                                                                       \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" regs "}, %" a ", %" b    \
+                 ", 1, 1, 1, 0, 0;"                                                                           \
+                 : __VA_ARGS__                                                                                \
+                 : "l"(left), "l"(right))
+#define REGS4_OF(v) "+f"(v[0]), "+f"(v[1]), "+f"(v[2]), "+f"(v[3])
+#define REGS4(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
+
+// c (64 × 8 · NT) += a (64 × 16) · b (16 × 8 · NT), both from shared memory.
+template <class T, int NT>
+DEVICE void wgmma(float (&c)[NT][4], u64 left, u64 right) {
+    if constexpr (NT == 1) {
+        if constexpr (T::is_f16) WGMMA(8, "f16", "%0,%1,%2,%3", "4", "5", REGS4(0));
+        else WGMMA(8, "bf16", "%0,%1,%2,%3", "4", "5", REGS4(0));
+    } else if constexpr (NT == 2) {
+        if constexpr (T::is_f16) WGMMA(16, "f16", "%0,%1,%2,%3,%4,%5,%6,%7", "8", "9", REGS4(0), REGS4(1));
+        else WGMMA(16, "bf16", "%0,%1,%2,%3,%4,%5,%6,%7", "8", "9", REGS4(0), REGS4(1));
+    } else if constexpr (NT == 4) {
+#define R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+        if constexpr (T::is_f16) WGMMA(32, "f16", R16, "16", "17", REGS4(0), REGS4(1), REGS4(2), REGS4(3));
+        else WGMMA(32, "bf16", R16, "16", "17", REGS4(0), REGS4(1), REGS4(2), REGS4(3));
+    } else {
+        static_assert(NT == 8, "rows");
+#define R32 R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+        if constexpr (T::is_f16)
+            WGMMA(64, "f16", R32, "32", "33", REGS4(0), REGS4(1), REGS4(2), REGS4(3), REGS4(4), REGS4(5), REGS4(6),
+                  REGS4(7));
+        else
+            WGMMA(64, "bf16", R32, "32", "33", REGS4(0), REGS4(1), REGS4(2), REGS4(3), REGS4(4), REGS4(5), REGS4(6),
+                  REGS4(7));
+    }
+}
+
+// Starts the products of one stage for this group of warps.
+template <class T, class Sh>
+DEVICE void start_stage(float (&sums)[Sh::NT][4], u32 stage, int wm, int wk) {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    constexpr int STEPS = Sh::U * 4 / Sh::WK;  // of 16 inputs
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+        int step = wk * STEPS + s;
+        u32 weight = stage + (step >> 2) * (Sh::TN * 128) + wm * (64 * 128) + (step & 3) * 32;
+        u32 x = stage + Sh::W_BYTES + (step >> 2) * (Sh::NT * 8 * 128) + (step & 3) * 32;
+        wgmma<T>(sums, tile_descriptor(weight), tile_descriptor(x));
+    }
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <class T, class Sh>
+DEVICE void linear_hopper(const LinearArgs& args) {
+    extern __shared__ __align__(1024) u8 shared[];
+    u32 ring = shared_address(shared);
+    float* buffers = (float*)(shared + Sh::S * Sh::STAGE);
+    int group = __shfl_sync(~0u, threadIdx.x >> 7, 0), wm = group % Sh::WG, wk = group / Sh::WG;
+    u32 rank = cluster_rank(), size = cluster_size();
+    constexpr int AHEAD = Sh::S - 1;
+
+    let_next_start();
+    LinearWalk walk = walk_of<Sh>(args, rank, size);
+    int total = div_ceil(walk.end - walk.first, walk.per_pass) * walk.stages;
+    LinearPlace next = fill_ring<T, Sh>(args, walk, total, ring);
+
+    int slot = 0, it = 0;
+    for (int row0 = walk.first; row0 < walk.end; row0 += walk.per_pass) {
+        float sums[1][Sh::NT][4] = {};
+        for (int s = 0; s < walk.stages; s++, it++) {
+            copies_wait<AHEAD - 1>();
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            __syncthreads();
+            start_stage<T, Sh>(sums[0], ring + slot * Sh::STAGE, wm, wk);
+            if (it + AHEAD < total) {
+                u32 stage = ring + (slot == 0 ? AHEAD : slot - 1) * Sh::STAGE;
+                load_weight<T, Sh>(args, walk, next, stage);
+                load_x<T, Sh>(args, walk, next, stage);
+                advance(walk, next, 1);
+            }
+            copies_commit();
+            slot = slot == AHEAD ? 0 : slot + 1;
+        }
+#pragma unroll
+        for (int j = 0; j < Sh::NT; j++) {
+            asm volatile("wgmma.wait_group.sync.aligned 0;" : REGS4_OF(sums[0][j])::"memory");
+        }
+        finish_pass<T, Sh>(args, walk, row0, sums, buffers, wm * 4 + (threadIdx.x >> 5 & 3), wk, rank, size);
+    }
+}
+
+#define LINEAR_HOPPER(name, T, ...)                                                                     \
+    KERNEL __launch_bounds__(256, 1) name(const __grid_constant__ LinearArgs args) {                     \
+        linear_hopper<T, WgmmaShape<__VA_ARGS__>>(args);                                                \
+    }                                                                                                   \
+    extern "C" __device__ const int name##_shared = WgmmaShape<__VA_ARGS__>::SHARED;
