@@ -68,6 +68,8 @@ DEVICE void linear(const LinearArgs& args) {
     int slot = 0, it = 0;
     for (int row0 = walk.first; row0 < walk.end; row0 += walk.per_pass) {
         float sums[Sh::MW][Sh::NT][4] = {};
+        LinearOutputs outputs = outputs_of<T>(args, row0, min_of(walk.end, row0 + walk.per_pass),
+                                              threadIdx.x % LinearFinish<Sh>::LANES, LinearFinish<Sh>::LANES);
         for (int s = 0; s < walk.stages; s++, it++) {
             copies_wait<AHEAD - 1>();
             __syncthreads();
@@ -81,7 +83,7 @@ DEVICE void linear(const LinearArgs& args) {
             multiply_stage<T, Sh>(sums, ring + slot * Sh::STAGE, wm, wk);
             slot = slot == AHEAD ? 0 : slot + 1;
         }
-        finish_pass<T, Sh>(args, walk, row0, sums, buffers, wm, wk, rank, size);
+        finish_pass<T, Sh>(args, outputs, row0, sums, buffers, wm, wk, rank, size);
     }
 }
 

@@ -31,47 +31,90 @@ struct LinearArgs {
     int n_kv_heads, block_size, d_head;
 };
 
-DEVICE float activated(float x, int activation) {
-    if (activation == 1) {
-        float cubic = fmaf(x * x * 0.044715f, x, x);
-        return x / (1.0f + __expf(cubic * -1.5957691f));
-    }
-    if (activation == 2) {
-        return x * 0.5f * (1.0f + erff(x * 0.70710678f));
-    }
-    return activation == 3 ? fmaxf(x, 0.0f) : x;
+DEVICE float gelu_tanh(float x) {
+    float cubic = fmaf(x * x * 0.044715f, x, x);
+    return x / (1.0f + __expf(cubic * -1.5957691f));
 }
+DEVICE float gelu_erf(float x) { return x * 0.5f * (1.0f + erff(x * 0.70710678f)); }
 
-// Where one key or value element of output `column` goes: null if it is a query or the row is not stored.
-DEVICE u16* cache_place(const LinearArgs& args, int row, int column) {
-    int d_kv = args.n_kv_heads * args.d_head;
-    int at = column - (args.n - 2 * d_kv);
-    if (at < 0) return nullptr;
-    int slot = args.slots[row];
-    if (slot < 0) return nullptr;
-    u16* cache = at < d_kv ? args.k_cache : args.v_cache;
-    at = at < d_kv ? at : at - d_kv;
-    int head = at / args.d_head, dim = at % args.d_head;
-    int block = slot / args.block_size, offset = slot % args.block_size;
-    return cache + (((i64)block * args.n_kv_heads + head) * args.block_size + offset) * args.d_head + dim;
-}
+// What the stores of one thread need to know of its outputs, the same for all rows: asked for before the products.
+struct LinearOutputs {
+    static constexpr int N = 4;  // a thread's outputs of one row
+    int column, stride;          // the first one, and from one to the next
+    int n;                       // how many there are
+    bool whole;                  // four side by side
+    float bias[N];
+    u16* cache;                  // of the key or value elements, or null
+    int head, dim;
+};
 
-// Bias, activation, residual; then the stores of one output of one row.
+// `lane` of `lanes` threads takes four of the pass's outputs: side by side if rows are aligned, else far apart.
 template <class T>
-DEVICE void finish(const LinearArgs& args, int row, int column, float sum) {
-    if (args.bias) sum += widen<T>(args.bias[column]);
-    sum = activated(sum, args.activation);
-    i64 at = (i64)row * args.n + column;
-    if (args.out_f32) {
-        ((float*)args.out)[at] = sum;
+DEVICE LinearOutputs outputs_of(const LinearArgs& args, int row0, int end, int lane, int lanes) {
+    LinearOutputs outputs;
+    outputs.whole = args.n % 4 == 0;
+    outputs.stride = outputs.whole ? 1 : lanes;
+    outputs.column = row0 + (outputs.whole ? 4 * lane : lane);
+    outputs.n = max_of(0, min_of(4, div_ceil(end - outputs.column, outputs.stride)));
+#pragma unroll
+    for (int v = 0; v < 4; v++) {
+        bool has = args.bias && v < outputs.n;
+        outputs.bias[v] = has ? widen<T>(args.bias[outputs.column + v * outputs.stride]) : 0.0f;
+    }
+    outputs.cache = nullptr;
+    int d_kv = args.n_kv_heads * args.d_head, at = outputs.column - (args.n - 2 * d_kv);
+    if (args.k_cache && at >= 0) {
+        outputs.cache = at < d_kv ? args.k_cache : args.v_cache;
+        at = at < d_kv ? at : at - d_kv;
+        outputs.head = at / args.d_head;
+        outputs.dim = at - outputs.head * args.d_head;
+    }
+    return outputs;
+}
+
+// Bias, activation, residual; then the stores of a thread's outputs of one row.
+template <class T>
+DEVICE void finish_row(const LinearArgs& args, const LinearOutputs& outputs, int row, float (&sums)[4]) {
+#pragma unroll
+    for (int v = 0; v < 4; v++) sums[v] += outputs.bias[v];
+    if (args.activation == 1) {
+#pragma unroll
+        for (int v = 0; v < 4; v++) sums[v] = gelu_tanh(sums[v]);
+    } else if (args.activation == 2) {
+#pragma unroll
+        for (int v = 0; v < 4; v++) sums[v] = gelu_erf(sums[v]);
+    } else if (args.activation == 3) {
+#pragma unroll
+        for (int v = 0; v < 4; v++) sums[v] = fmaxf(sums[v], 0.0f);
+    }
+    i64 at = (i64)row * args.n + outputs.column;
+    if (!outputs.whole) {
+#pragma unroll
+        for (int v = 0; v < 4; v++) {
+            if (v >= outputs.n) continue;
+            i64 one = at + v * outputs.stride;
+            float sum = sums[v] + (args.residual ? widen<T>(args.residual[one]) : 0.0f);
+            if (args.out_f32) ((float*)args.out)[one] = sum; else ((u16*)args.out)[one] = narrow<T>(sum);
+        }
         return;
     }
-    if (args.residual) sum += widen<T>(args.residual[at]);
-    u16 bits = narrow<T>(sum);
-    ((u16*)args.out)[at] = bits;
-    if (args.k_cache) {
-        u16* place = cache_place(args, row, column);
-        if (place) *place = bits;
+    if (args.residual) {
+        uint2 bits = *(const uint2*)(args.residual + at);
+        float2 low = widen2<T>(bits.x), high = widen2<T>(bits.y);
+        sums[0] += low.x, sums[1] += low.y, sums[2] += high.x, sums[3] += high.y;
+    }
+    if (args.out_f32) {
+        *(float4*)((float*)args.out + at) = make_float4(sums[0], sums[1], sums[2], sums[3]);
+        return;
+    }
+    uint2 bits = make_uint2(narrow2<T>(sums[0], sums[1]), narrow2<T>(sums[2], sums[3]));
+    *(uint2*)((u16*)args.out + at) = bits;
+    if (outputs.cache) {
+        int slot = args.slots[row];
+        if (slot < 0) return;
+        int block = slot / args.block_size, offset = slot - block * args.block_size;
+        i64 place = (((i64)block * args.n_kv_heads + outputs.head) * args.block_size + offset) * args.d_head;
+        *(uint2*)(outputs.cache + place + outputs.dim) = bits;
     }
 }
 
@@ -199,10 +242,18 @@ DEVICE void exchange(float (&sums)[Sh::MW][Sh::NT][4], float* buffer, int wm) {
     }
 }
 
-// Adds the warps, then the blocks of the cluster, and stores this block's share of the pass's outputs.
+// The threads of a block at the end of a pass: LANES of them take a row, SWEEP rows at a time.
+template <class Sh>
+struct LinearFinish {
+    static constexpr int LANES = Sh::TN <= 16 ? 4 : Sh::TN <= 32 ? 8 : Sh::TN <= 64 ? 16 : 32;
+    static constexpr int SWEEP = 256 / LANES;
+    static_assert(4 * LANES >= Sh::TN, "outputs of a pass");
+};
+
+// Adds the warps, then the blocks of the cluster, and stores this block's share of the rows.
 template <class T, class Sh>
-DEVICE void finish_pass(const LinearArgs& args, const LinearWalk& walk, int row0, float (&sums)[Sh::MW][Sh::NT][4],
-                        float* buffers, int wm, int wk, u32 rank, u32 size) {
+DEVICE void finish_pass(const LinearArgs& args, const LinearOutputs& outputs, int row0,
+                        float (&sums)[Sh::MW][Sh::NT][4], float* buffers, int wm, int wk, u32 rank, u32 size) {
     if constexpr (Sh::ALL) {
         exchange<Sh, false>(sums, buffers + wk * Sh::SUM_FLOATS, wm);
     } else {
@@ -221,22 +272,31 @@ DEVICE void finish_pass(const LinearArgs& args, const LinearWalk& walk, int row0
     } else {
         __syncthreads();
     }
-    int outputs = min_of(walk.per_pass, walk.end - row0);
-    int from = outputs * rank / size, share = outputs * (rank + 1) / size - from;
-    for (int i = threadIdx.x; i < share * args.rows; i += 256) {
-        int row = i / share, j = from + i - row * share;
-        float sum = 0.0f;
-        if (size > 1) {
-            u32 at = shared_address(buffers + row * Sh::LD + j);
+    int row = args.rows * rank / size + threadIdx.x / LinearFinish<Sh>::LANES, rows = args.rows * (rank + 1) / size;
+    const float* from = buffers + row * Sh::LD + (outputs.column - row0);
+    if (outputs.n > 0) {
+#pragma unroll UNROLL_ROWS
+        for (; row < rows; row += LinearFinish<Sh>::SWEEP, from += LinearFinish<Sh>::SWEEP * Sh::LD) {
+            float total[4] = {};
+#pragma unroll 1
             for (u32 other = 0; other < size; other++) {
 #pragma unroll
-                for (int b = 0; b < Sh::SUMS; b++) sum += load_cluster(at + b * Sh::SUM_FLOATS * 4, other);
-            }
-        } else {
+                for (int b = 0; b < Sh::SUMS; b++) {
+                    if (outputs.whole) {
+                        const float* at = from + b * Sh::SUM_FLOATS;
+                        float4 sum = size > 1 ? load_cluster4(shared_address(at), other) : *(const float4*)at;
+                        total[0] += sum.x, total[1] += sum.y, total[2] += sum.z, total[3] += sum.w;
+                    } else {
 #pragma unroll
-            for (int b = 0; b < Sh::SUMS; b++) sum += buffers[b * Sh::SUM_FLOATS + row * Sh::LD + j];
+                        for (int v = 0; v < 4; v++) {
+                            const float* at = from + b * Sh::SUM_FLOATS + min_of(v, outputs.n - 1) * outputs.stride;
+                            total[v] += size > 1 ? load_cluster(shared_address(at), other) : *at;
+                        }
+                    }
+                }
+            }
+            finish_row<T>(args, outputs, row, total);
         }
-        finish<T>(args, row, row0 + j, sum);
     }
     if (size > 1) {
         cluster_arrive();
@@ -244,4 +304,3 @@ DEVICE void finish_pass(const LinearArgs& args, const LinearWalk& walk, int row0
     }
     // Without a cluster the barrier of the next stage keeps the buffers until all have read them.
 }
-

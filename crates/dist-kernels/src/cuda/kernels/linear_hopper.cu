@@ -91,6 +91,8 @@ DEVICE void linear_hopper(const LinearArgs& args) {
     int slot = 0, it = 0;
     for (int row0 = walk.first; row0 < walk.end; row0 += walk.per_pass) {
         float sums[1][Sh::NT][4] = {};
+        LinearOutputs outputs = outputs_of<T>(args, row0, min_of(walk.end, row0 + walk.per_pass),
+                                              threadIdx.x % LinearFinish<Sh>::LANES, LinearFinish<Sh>::LANES);
         for (int s = 0; s < walk.stages; s++, it++) {
             copies_wait<AHEAD - 1>();
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -110,7 +112,7 @@ DEVICE void linear_hopper(const LinearArgs& args) {
         for (int j = 0; j < Sh::NT; j++) {
             asm volatile("wgmma.wait_group.sync.aligned 0;" : REGS4_OF(sums[0][j])::"memory");
         }
-        finish_pass<T, Sh>(args, walk, row0, sums, buffers, wm * 4 + (threadIdx.x >> 5 & 3), wk, rank, size);
+        finish_pass<T, Sh>(args, outputs, row0, sums, buffers, wm * 4 + (threadIdx.x >> 5 & 3), wk, rank, size);
     }
 }
 

@@ -82,7 +82,7 @@ DEVICE uint4 load_shared16(u32 address) {
 // 16 bytes from global to shared memory, past L1; zeros if `take` is false.
 DEVICE void copy16(u32 to, const void* from, bool take = true) {
     int bytes = take ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                  : "memory");
 }
 DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -168,6 +168,24 @@ DEVICE float load_cluster(u32 address, u32 rank) {
 }
 
 constexpr __host__ __device__ int div_up(int a, int b) { return (a + b - 1) / b; }
+DEVICE float4 load_cluster4(u32 address, u32 rank) {
+    float4 x;
+#if HOPPER
+    u32 remote;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(remote)
+                 : "memory");
+#else
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(address)
+                 : "memory");
+#endif
+    return x;
+}
+
 DEVICE int div_ceil(int a, int b) { return (a + b - 1) / b; }
 DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 DEVICE int max_of(int a, int b) { return a > b ? a : b; }
