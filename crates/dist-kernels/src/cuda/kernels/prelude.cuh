@@ -91,7 +91,16 @@ DEVICE void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// Four 8 × 8 matrices, transposed on the way.
+// Four 8 × 8 matrices: lane l gives the address of row l % 8 of matrix l / 8.
+DEVICE uint4 load_matrices(u32 address) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+// The same, transposed on the way.
 DEVICE uint4 load_matrices_transposed(u32 address) {
     uint4 v;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
