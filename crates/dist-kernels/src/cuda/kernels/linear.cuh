@@ -72,46 +72,68 @@ DEVICE LinearOutputs outputs_of(const LinearArgs& args, int row0, int end, int l
     return outputs;
 }
 
-// Bias, activation, residual; then the stores of a thread's outputs of one row.
-template <class T>
-DEVICE void finish_row(const LinearArgs& args, const LinearOutputs& outputs, int row, float (&sums)[4]) {
+// Bias, activation, residual; then the stores of a thread's outputs of rows `row`, `row + step` … below `end`. Rows are
+// taken together so that their latencies overlap.
+template <class T, int BATCH>
+DEVICE void finish_rows(const LinearArgs& args, const LinearOutputs& outputs, int row, int step, int end,
+                        float (&sums)[BATCH][4]) {
 #pragma unroll
-    for (int v = 0; v < 4; v++) sums[v] += outputs.bias[v];
+    for (int r = 0; r < BATCH; r++) {
+#pragma unroll
+        for (int v = 0; v < 4; v++) sums[r][v] += outputs.bias[v];
+    }
     if (args.activation == 1) {
 #pragma unroll
-        for (int v = 0; v < 4; v++) sums[v] = gelu_tanh(sums[v]);
+        for (int i = 0; i < BATCH * 4; i++) sums[i / 4][i % 4] = gelu_tanh(sums[i / 4][i % 4]);
     } else if (args.activation == 2) {
 #pragma unroll
-        for (int v = 0; v < 4; v++) sums[v] = gelu_erf(sums[v]);
+        for (int i = 0; i < BATCH * 4; i++) sums[i / 4][i % 4] = gelu_erf(sums[i / 4][i % 4]);
     } else if (args.activation == 3) {
 #pragma unroll
-        for (int v = 0; v < 4; v++) sums[v] = fmaxf(sums[v], 0.0f);
+        for (int i = 0; i < BATCH * 4; i++) sums[i / 4][i % 4] = fmaxf(sums[i / 4][i % 4], 0.0f);
     }
-    i64 at = (i64)row * args.n + outputs.column;
+    i64 at = (i64)row * args.n + outputs.column, next = (i64)step * args.n;
     if (!outputs.whole) {
 #pragma unroll
-        for (int v = 0; v < 4; v++) {
-            if (v >= outputs.n) continue;
-            i64 one = at + v * outputs.stride;
-            float sum = sums[v] + (args.residual ? widen<T>(args.residual[one]) : 0.0f);
-            if (args.out_f32) ((float*)args.out)[one] = sum; else ((u16*)args.out)[one] = narrow<T>(sum);
+        for (int r = 0; r < BATCH; r++) {
+#pragma unroll
+            for (int v = 0; v < 4; v++) {
+                if (v >= outputs.n || row + r * step >= end) continue;
+                i64 one = at + r * next + v * outputs.stride;
+                float sum = sums[r][v] + (args.residual ? widen<T>(args.residual[one]) : 0.0f);
+                if (args.out_f32) ((float*)args.out)[one] = sum; else ((u16*)args.out)[one] = narrow<T>(sum);
+            }
         }
         return;
     }
     if (args.residual) {
-        uint2 bits = *(const uint2*)(args.residual + at);
-        float2 low = widen2<T>(bits.x), high = widen2<T>(bits.y);
-        sums[0] += low.x, sums[1] += low.y, sums[2] += high.x, sums[3] += high.y;
+        uint2 bits[BATCH];
+#pragma unroll
+        for (int r = 0; r < BATCH; r++) {
+            bits[r] = row + r * step < end ? *(const uint2*)(args.residual + at + r * next) : make_uint2(0, 0);
+        }
+#pragma unroll
+        for (int r = 0; r < BATCH; r++) {
+            float2 low = widen2<T>(bits[r].x), high = widen2<T>(bits[r].y);
+            sums[r][0] += low.x, sums[r][1] += low.y, sums[r][2] += high.x, sums[r][3] += high.y;
+        }
     }
     if (args.out_f32) {
-        *(float4*)((float*)args.out + at) = make_float4(sums[0], sums[1], sums[2], sums[3]);
+#pragma unroll
+        for (int r = 0; r < BATCH; r++) {
+            if (row + r * step >= end) continue;
+            *(float4*)((float*)args.out + at + r * next) = make_float4(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+        }
         return;
     }
-    uint2 bits = make_uint2(narrow2<T>(sums[0], sums[1]), narrow2<T>(sums[2], sums[3]));
-    *(uint2*)((u16*)args.out + at) = bits;
-    if (outputs.cache) {
-        int slot = args.slots[row];
-        if (slot < 0) return;
+#pragma unroll
+    for (int r = 0; r < BATCH; r++) {
+        if (row + r * step >= end) continue;
+        uint2 bits = make_uint2(narrow2<T>(sums[r][0], sums[r][1]), narrow2<T>(sums[r][2], sums[r][3]));
+        *(uint2*)((u16*)args.out + at + r * next) = bits;
+        if (!outputs.cache) continue;
+        int slot = args.slots[row + r * step];
+        if (slot < 0) continue;
         int block = slot / args.block_size, offset = slot - block * args.block_size;
         i64 place = (((i64)block * args.n_kv_heads + outputs.head) * args.block_size + offset) * args.d_head;
         *(uint2*)(outputs.cache + place + outputs.dim) = bits;
@@ -247,8 +269,23 @@ template <class Sh>
 struct LinearFinish {
     static constexpr int LANES = Sh::TN <= 16 ? 4 : Sh::TN <= 32 ? 8 : Sh::TN <= 64 ? 16 : 32;
     static constexpr int SWEEP = 256 / LANES;
+    static constexpr int SWEEPS = div_up(Sh::NT * 8, SWEEP), BATCH = SWEEPS < 4 ? SWEEPS : 4;
     static_assert(4 * LANES >= Sh::TN, "outputs of a pass");
 };
+
+// A thread's outputs of one row in the buffer of block `other`.
+DEVICE void load_outputs(float (&x)[4], const float* at, const LinearOutputs& outputs, bool clustered, u32 other) {
+    if (outputs.whole) {
+        float4 v = clustered ? load_cluster4(shared_address(at), other) : *(const float4*)at;
+        x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+        return;
+    }
+#pragma unroll
+    for (int v = 0; v < 4; v++) {
+        const float* one = at + min_of(v, outputs.n - 1) * outputs.stride;
+        x[v] = clustered ? load_cluster(shared_address(one), other) : *one;
+    }
+}
 
 // Adds the warps, then the blocks of the cluster, and stores this block's share of the rows.
 template <class T, class Sh>
@@ -272,30 +309,32 @@ DEVICE void finish_pass(const LinearArgs& args, const LinearOutputs& outputs, in
     } else {
         __syncthreads();
     }
-    int row = args.rows * rank / size + threadIdx.x / LinearFinish<Sh>::LANES, rows = args.rows * (rank + 1) / size;
-    const float* from = buffers + row * Sh::LD + (outputs.column - row0);
+    using Finish = LinearFinish<Sh>;
+    constexpr int SWEEP = Finish::SWEEP, BATCH = Finish::BATCH;
+    int end = args.rows * (rank + 1) / size;
     if (outputs.n > 0) {
-#pragma unroll UNROLL_ROWS
-        for (; row < rows; row += LinearFinish<Sh>::SWEEP, from += LinearFinish<Sh>::SWEEP * Sh::LD) {
-            float total[4] = {};
+#pragma unroll 1
+        for (int row = args.rows * rank / size + threadIdx.x / Finish::LANES; row < end; row += SWEEP * BATCH) {
+            float total[BATCH][4] = {};
 #pragma unroll 1
             for (u32 other = 0; other < size; other++) {
+                float part[BATCH][Sh::SUMS][4];
 #pragma unroll
-                for (int b = 0; b < Sh::SUMS; b++) {
-                    if (outputs.whole) {
-                        const float* at = from + b * Sh::SUM_FLOATS;
-                        float4 sum = size > 1 ? load_cluster4(shared_address(at), other) : *(const float4*)at;
-                        total[0] += sum.x, total[1] += sum.y, total[2] += sum.z, total[3] += sum.w;
-                    } else {
+                for (int r = 0; r < BATCH; r++) {
 #pragma unroll
-                        for (int v = 0; v < 4; v++) {
-                            const float* at = from + b * Sh::SUM_FLOATS + min_of(v, outputs.n - 1) * outputs.stride;
-                            total[v] += size > 1 ? load_cluster(shared_address(at), other) : *at;
-                        }
+                    for (int b = 0; b < Sh::SUMS; b++) {
+                        // What is in rows from `end` on is not used.
+                        int own = min_of(row + r * SWEEP, Sh::NT * 8 - 1);
+                        const float* at = buffers + b * Sh::SUM_FLOATS + own * Sh::LD + (outputs.column - row0);
+                        load_outputs(part[r][b], at, outputs, size > 1, other);
                     }
                 }
+#pragma unroll
+                for (int i = 0; i < BATCH * Sh::SUMS * 4; i++) {
+                    total[i / (Sh::SUMS * 4)][i % 4] += part[i / (Sh::SUMS * 4)][i / 4 % Sh::SUMS][i % 4];
+                }
             }
-            finish_row<T>(args, outputs, row, total);
+            finish_rows<T, BATCH>(args, outputs, row, SWEEP, end, total);
         }
     }
     if (size > 1) {

@@ -79,6 +79,11 @@ DEVICE uint4 load_shared16(u32 address) {
     return v;
 }
 
+DEVICE void store_shared16(u32 address, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
 // 16 bytes from global to shared memory, past L1; zeros if `take` is false.
 DEVICE void copy16(u32 to, const void* from, bool take = true) {
     int bytes = take ? 16 : 0;
@@ -89,6 +94,39 @@ DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"
 template <int N>
 DEVICE void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Barriers of asynchronous bulk copies (Hopper): a phase ends when all arrived and all bytes are there.
+DEVICE void barrier_init(u32 barrier, int arrivals) {
+#if HOPPER
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+#endif
+}
+DEVICE void barriers_ready() {
+#if HOPPER
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+DEVICE void barrier_expect(u32 barrier, int bytes) {
+#if HOPPER
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+#endif
+}
+DEVICE void barrier_wait(u32 barrier, int parity) {
+#if HOPPER
+    asm volatile(
+        "{ .reg .pred done; AGAIN%=: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra AGAIN%=; }" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+#endif
+}
+// `bytes` (a multiple of 16) from global to shared memory by the copy engine.
+DEVICE void copy_bulk(u32 to, const void* from, int bytes, u32 barrier) {
+#if HOPPER
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+#endif
 }
 
 // Four 8 × 8 matrices: lane l gives the address of row l % 8 of matrix l / 8.
