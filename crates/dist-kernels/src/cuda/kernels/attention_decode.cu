@@ -3,18 +3,19 @@
 // Layout: keys and values [n_blocks, n_kv_heads, block_size, D] with block_size a multiple of 16; q are the first
 // columns of qkv [rows, ld_qkv]; out [rows, n_heads · D]; 16-byte aligned. Bound by reading keys and values.
 //
-// An entry is one (row, head) pair; up to E of them that share a KV head are one tile and read it once. A cluster
-// of blocks shares the context of a tile, in parts that depend on the length and the size of the cluster alone. Every
-// warp keeps its own ring of chunks of 16 positions, filled by bulk copies (cp.async before Hopper), so warps never wait
-// for each other; tensor
+// An entry is one (row, head) pair; up to E of them that share a KV head are one tile and read it once. The blocks of
+// a tile share its context, in parts that depend on its length and on the number of blocks alone. Every
+// warp keeps its own ring of chunks of 16 positions, filled by cp.async, so warps never wait for each other;
+// tensor
 // cores give the scores and the weighted values; the softmax is running. In the end the warps are combined in order,
-// then the blocks, over distributed shared memory.
+// then, by the block that is done last, the blocks, also in order.
 //
 // Keys and values of earlier steps do not depend on the kernel before, so the rings are filled with them before the
 // wait; lengths and block tables must not be written by the kernel before.
 //
-// Launch: grid (cluster, n_kv_heads · tiles, n_seqs), 128 threads, cluster (cluster, 1, 1) with at most 8 blocks,
-// tiles = div_ceil(longest q · n_heads / n_kv_heads, E); shared memory: the module's integer `<symbol>_shared`.
+// Launch: grid (splits, n_kv_heads · tiles, n_seqs), 32 · W threads (`<symbol>_threads`), tiles = div_ceil(longest q ·
+// n_heads / n_kv_heads, E); shared memory: the module's integer `<symbol>_shared`. With splits > 1: `counters`, one a
+// (tile, sequence), zero before and after; `partials`, floats [n_seqs, n_kv_heads · tiles, splits, E · (D + 2)].
 
 struct AttentionArgs {
     u16* out;
@@ -30,6 +31,8 @@ struct AttentionArgs {
     int block_size;
     int window;               // positions that a row sees; INT_MAX: all before it
     float scale;
+    float* partials;
+    u32* counters;
 };
 
 template <int D_, int E_, int W_, int S_>
@@ -39,9 +42,8 @@ struct DecodeShape {
     static constexpr int HALF = 16 * ROW, CHUNK = 2 * HALF;
     static constexpr int RING = S * CHUNK;             // of a warp; in the end its sums [E][D] lie there
     static constexpr int PIECES = D / 8;               // 16-byte pieces of a row
-    static constexpr int STATE = WARPS * RING;         // offset of maxima and sums of the warps, then of the block
-    static constexpr int BARRIERS = STATE + (WARPS + 1) * E * 8;
-    static constexpr int SHARED = BARRIERS + WARPS * S * 8;
+    static constexpr int STATE = WARPS * RING;         // offset of maxima and sums of the warps
+    static constexpr int SHARED = STATE + WARPS * E * 8;
     static_assert(RING >= E * D * 4 && (E == 8 || E == 16), "a warp's sums fit its ring");
 };
 
@@ -56,33 +58,32 @@ DEVICE float rescale(float old, float now) { return old == now ? 1.0f : power_of
 
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
 
+constexpr int MIN_CHUNKS = 16;
+
 // Asks for the chunk at `position` of one (block, head); from `context` on, where nothing was stored, there are zeros.
 template <class Sh>
-DEVICE void copy_chunk(const AttentionArgs& args, u32 block, int kv_head, int position, int context, u32 to,
-                       u32 barrier, int lane) {
+DEVICE void copy_chunk(const AttentionArgs& args, u32 block, int kv_head, int position, int context, u32 to, int lane) {
     int offset = position % args.block_size;
-    i64 from = (((i64)block * args.n_kv_heads + kv_head) * args.block_size + offset) * Sh::D;
-#if HOPPER
-    // A lane copies a row: of the keys in the lower half of the warp, of the values in the upper one.
-    int row = lane & 15, rows = min_of(16, context - position);
-    to += (lane >> 4) * Sh::HALF + row * Sh::ROW;
-    if (lane == 0) barrier_expect(barrier, rows * 4 * Sh::D);
-    __syncwarp();
-    if (row < rows) {
-        copy_bulk(to, (lane < 16 ? args.k : args.v) + from + row * Sh::D, 2 * Sh::D, barrier);
-    } else {
-#pragma unroll
-        for (int c = 0; c < Sh::PIECES; c++) store_shared16(to + c * 16, make_uint4(0, 0, 0, 0));
-    }
-#else
+    i64 from = (((i64)block * args.n_kv_heads + kv_head) * args.block_size + offset) * Sh::D + lane * 8;
+    const u16 *k = args.k + from, *v = args.v + from;
+    bool whole = position + 16 <= context;
 #pragma unroll
     for (int j = 0; j < Sh::D / 16; j++) {
         int i = j * 32 + lane, row = i / Sh::PIECES, c = i % Sh::PIECES;
-        bool stored = position + row < context;
-        copy16(to + row * Sh::ROW + c * 16, args.k + from + i * 8, stored);
-        copy16(to + Sh::HALF + row * Sh::ROW + c * 16, args.v + from + i * 8, stored);
+        bool stored = whole || position + row < context;
+        copy16(to + row * Sh::ROW + c * 16, k + j * 256, stored);
+        copy16(to + Sh::HALF + row * Sh::ROW + c * 16, v + j * 256, stored);
     }
-#endif
+}
+
+// Stores the weighted mean of pair `i` of the tile's entries.
+template <class T, int D, int E>
+DEVICE void store_pair(const AttentionArgs& args, float2 total, float weight, int i, int row0, int tile, int kv_head,
+                       int group) {
+    int entry = 2 * i / D, at = tile * E + entry, row = at / group, head = kv_head * group + at - row * group;
+    float inverse = weight > 0.0f ? 1.0f / weight : 0.0f;
+    u16* to = args.out + ((i64)(row0 + row) * args.n_heads + head) * D + 2 * i - entry * D;
+    *(u32*)to = narrow2<T>(total.x * inverse, total.y * inverse);
 }
 
 template <class T, class Sh>
@@ -90,7 +91,6 @@ DEVICE void attention_decode(const AttentionArgs& args) {
     constexpr int D = Sh::D, E = Sh::E, S = Sh::S, WARPS = Sh::WARPS, PER = E / 8;  // entries of a thread
     extern __shared__ __align__(1024) u8 shared[];
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    u32 rank = cluster_rank(), size = cluster_size();
     let_next_start();
 
     int seq = blockIdx.z, kv_head = blockIdx.y % args.n_kv_heads, tile = blockIdx.y / args.n_kv_heads;
@@ -104,21 +104,19 @@ DEVICE void attention_decode(const AttentionArgs& args) {
     int see_from = max_of(0, first_position + first_row - args.window + 1);
     int low = see_from / 16, high = n_entries ? div_ceil(first_position + last_row + 1, 16) : low;
     int n_chunks = max_of(0, high - low);
+    // A part is at least MIN_CHUNKS chunks, because adding parts has its price.
+    int size = max_of(1, min_of(gridDim.x, div_up(n_chunks, MIN_CHUNKS))), rank = blockIdx.x;
+    if (rank >= size) return;
     int begin = low + n_chunks * rank / size + warp, end = low + n_chunks * (rank + 1) / size;
     int mine = begin < end ? div_ceil(end - begin, WARPS) : 0;
 
     const u32* table = args.block_tables + (i64)seq * args.max_blocks;
     u32 ring = shared_address(shared) + warp * Sh::RING;
-    u32 barriers = shared_address(shared + Sh::BARRIERS) + warp * S * 8;
-    if (lane < S) barrier_init(barriers + lane * 8, 1);
-    barriers_ready();
-    __syncwarp();
     auto block_of = [&](int i) { return i < mine ? table[(begin + i * WARPS) * 16 / args.block_size] : 0; };
     u32 blocks = block_of(lane), next_blocks = block_of(32 + lane);
     auto load = [&](int i) {
         u32 block = __shfl_sync(~0u, blocks, i & 31);
-        copy_chunk<Sh>(args, block, kv_head, (begin + i * WARPS) * 16, context, ring + i % S * Sh::CHUNK,
-                       barriers + i % S * 8, lane);
+        copy_chunk<Sh>(args, block, kv_head, (begin + i * WARPS) * 16, context, ring + i % S * Sh::CHUNK, lane);
     };
     int written = div_ceil(first_position + 1, 16) - 1;  // the first chunk that the kernel before may have written to
 #pragma unroll
@@ -159,13 +157,9 @@ DEVICE void attention_decode(const AttentionArgs& args) {
     u32 v_at = Sh::HALF + ((lane >> 3 & 1) * 8 + (lane & 7)) * Sh::ROW + (lane >> 4) * 16;
     int whole_from = first_position + last_row - args.window + 1, whole_to = first_position + first_row;
 
-    int slot = 0, phase = 0;
+    int slot = 0;
     for (int i = 0; i < mine; i++) {
-#if HOPPER
-        barrier_wait(barriers + slot * 8, phase);
-#else
         copies_wait<S - 1>();
-#endif
         __syncwarp();
         u32 chunk = ring + slot * Sh::CHUNK;
         float scores[2][4] = {}, more[2][4] = {};
@@ -227,7 +221,6 @@ DEVICE void attention_decode(const AttentionArgs& args) {
         if (i + S < mine) load(i + S);
         copies_commit();
         slot = slot == S - 1 ? 0 : slot + 1;
-        phase ^= slot == 0;
     }
 
     // Each warp leaves its sums in its ring, which holds nothing any more.
@@ -248,52 +241,60 @@ DEVICE void attention_decode(const AttentionArgs& args) {
     }
     __syncthreads();
     // The block's sums replace those of warp 0: an element is read and written by the same thread.
-    for (int i = threadIdx.x; i < n_entries * D; i += 32 * WARPS) {
-        int entry = i / D;
-        float top = NEGATIVE_INFINITY, total = 0.0f, weight = 0.0f;
+    int tile_idx = seq * gridDim.y + blockIdx.y;
+    float* partial = args.partials + ((i64)tile_idx * gridDim.x + rank) * (E * (D + 2));
+    for (int i = threadIdx.x; i < n_entries * D / 2; i += 32 * WARPS) {
+        int entry = 2 * i / D;
+        float top = NEGATIVE_INFINITY, weight = 0.0f;
+        float2 total = make_float2(0.0f, 0.0f);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) top = fmaxf(top, states[w * E + entry].x);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            float2 state = states[w * E + entry];
+            float2 state = states[w * E + entry], sums = ((float2*)(shared + w * Sh::RING))[i];
             float factor = rescale(state.x, top);
-            total += ((float*)(shared + w * Sh::RING))[i] * factor;
+            total.x += sums.x * factor, total.y += sums.y * factor;
             weight += state.y * factor;
         }
-        ((float*)shared)[i] = total;
-        if (i % D == 0) states[WARPS * E + entry] = make_float2(top, weight);
-    }
-    if (size > 1) {
-        cluster_arrive();
-        cluster_wait();
-    } else {
-        __syncthreads();
-    }
-    int share = n_entries * D / 2;  // pairs of elements
-    for (int i = share * rank / size + threadIdx.x; i < share * (rank + 1) / size; i += 32 * WARPS) {
-        int entry = 2 * i / D;
-        u32 state = shared_address(states + WARPS * E + entry), from = shared_address((float*)shared + 2 * i);
-        float top = NEGATIVE_INFINITY, weight = 0.0f, low_sum = 0.0f, high_sum = 0.0f;
-        for (u32 other = 0; other < size; other++) top = fmaxf(top, load_cluster(state, other));
-        for (u32 other = 0; other < size; other++) {
-            float factor = rescale(load_cluster(state, other), top);
-            weight += load_cluster(state + 4, other) * factor;
-            low_sum += load_cluster(from, other) * factor;
-            high_sum += load_cluster(from + 4, other) * factor;
+        if (size == 1) {
+            store_pair<T, D, E>(args, total, weight, i, row0, tile, kv_head, group);
+        } else {
+            ((float2*)partial)[i] = total;
+            if (i % (D / 2) == 0) ((float2*)(partial + E * D))[entry] = make_float2(top, weight);
         }
-        float inverse = weight > 0.0f ? 1.0f / weight : 0.0f;
-        int at = tile * E + entry, row = at / group, head = kv_head * group + at - row * group;
-        u16* to = args.out + ((i64)(row0 + row) * args.n_heads + head) * D + 2 * i - entry * D;
-        *(u32*)to = narrow2<T>(low_sum * inverse, high_sum * inverse);
     }
-    if (size > 1) {
-        cluster_arrive();
-        cluster_wait();
+    if (size == 1) return;
+
+    __shared__ int last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicAdd(args.counters + tile_idx, 1) == size - 1;
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    if (threadIdx.x == 0) args.counters[tile_idx] = 0;
+    const float* parts = args.partials + (i64)tile_idx * gridDim.x * (E * (D + 2));
+    for (int i = threadIdx.x; i < n_entries * D / 2; i += 32 * WARPS) {
+        int entry = 2 * i / D;
+        float top = NEGATIVE_INFINITY, weight = 0.0f;
+        float2 total = make_float2(0.0f, 0.0f);
+#pragma unroll 4
+        for (int r = 0; r < size; r++) top = fmaxf(top, load_l2(parts + r * (E * (D + 2)) + E * D + 2 * entry));
+#pragma unroll 4
+        for (int r = 0; r < size; r++) {
+            const float2* part = (const float2*)(parts + r * (E * (D + 2)));
+            float2 state = load_l2(part + E * D / 2 + entry), sums = load_l2(part + i);
+            float factor = rescale(state.x, top);
+            total.x += sums.x * factor, total.y += sums.y * factor;
+            weight += state.y * factor;
+        }
+        store_pair<T, D, E>(args, total, weight, i, row0, tile, kv_head, group);
     }
 }
 
 #define ATTENTION_DECODE(name, T, ...)                                                                  \
-    KERNEL __launch_bounds__(DecodeShape<__VA_ARGS__>::WARPS * 32) name(const __grid_constant__ AttentionArgs args) {                  \
+    KERNEL __launch_bounds__(DecodeShape<__VA_ARGS__>::WARPS * 32, DecodeShape<__VA_ARGS__>::WARPS > 4 ? 1 : 2) name(const __grid_constant__ AttentionArgs args) {                  \
         attention_decode<T, DecodeShape<__VA_ARGS__>>(args);                                            \
     }                                                                                                   \
-    extern "C" __device__ const int name##_shared = DecodeShape<__VA_ARGS__>::SHARED;
+    extern "C" __device__ const int name##_shared = DecodeShape<__VA_ARGS__>::SHARED;                        \
+    extern "C" __device__ const int name##_threads = DecodeShape<__VA_ARGS__>::WARPS * 32;

@@ -62,7 +62,7 @@ DEVICE void linear(const LinearArgs& args) {
 
     let_next_start();
     LinearWalk walk = walk_of<Sh>(args, rank, size);
-    int total = div_ceil(walk.end - walk.first, walk.per_pass) * walk.stages;
+    int total = stages_of(walk);
     LinearPlace next = fill_ring<T, Sh>(args, walk, total, ring);
 
     int slot = 0, it = 0;
@@ -83,7 +83,8 @@ DEVICE void linear(const LinearArgs& args) {
             multiply_stage<T, Sh>(sums, ring + slot * Sh::STAGE, wm, wk);
             slot = slot == AHEAD ? 0 : slot + 1;
         }
-        finish_pass<T, Sh>(args, outputs, row0, sums, buffers, wm, wk, rank, size);
+        finish_pass<T, Sh>(args, outputs, row0, sums, buffers, wm, wk, rank, size,
+                           ClusterMeeting{size});
     }
 }
 

@@ -29,6 +29,7 @@ struct LinearArgs {
     int activation;        // 0 none, 1 GELU with tanh, 2 GELU with erf, 3 ReLU
     int out_f32;
     int n_kv_heads, block_size, d_head;
+    int slots_of_ring;     // of the kernel with tensor maps
 };
 
 DEVICE float gelu_tanh(float x) {
@@ -205,21 +206,30 @@ DEVICE void load_x(const LinearArgs& args, const LinearWalk& walk, const LinearP
     }
 }
 
-// The walk of this block.
+// Where block `block` begins: blocks of a launch start apart. Without a division.
+DEVICE int start_of(int block, int stages) { return (int)__umulhi(block * 0x9E3779B9u, stages); }
+
+// The walk of this block. Divisions are slow and stand before the first load, so most launches make none.
 template <class Sh>
 DEVICE LinearWalk walk_of(const LinearArgs& args, u32 rank, u32 size) {
     LinearWalk walk;
-    walk.first = (blockIdx.x / size) * args.units * 8;
+    walk.first = (size > 1 ? blockIdx.x / size : blockIdx.x) * args.units * 8;
     walk.end = min_of(args.n, walk.first + args.units * 8);
-    int passes = div_ceil(args.units * 8, Sh::TN);
-    walk.per_pass = div_ceil(args.units, passes) * 8;
-    int stages = div_ceil(args.k, Sh::KC);
-    int s0 = stages * rank / size, s1 = stages * (rank + 1) / size;
+    int passes = div_up(args.units * 8, Sh::TN);
+    walk.per_pass = (passes > 1 ? div_ceil(args.units, passes) : args.units) * 8;
+    int stages = div_up(args.k, Sh::KC);
+    int s0 = size > 1 ? stages * rank / size : 0, s1 = size > 1 ? stages * (rank + 1) / size : stages;
     walk.k0 = s0 * Sh::KC;
     walk.k1 = min_of(args.k, s1 * Sh::KC);
     walk.stages = s1 - s0;
-    walk.start = walk.stages ? (blockIdx.x * 5) % walk.stages : 0;
+    walk.start = start_of(blockIdx.x, walk.stages);
     return walk;
+}
+
+// Stages of all passes.
+DEVICE int stages_of(const LinearWalk& walk) {
+    int n = walk.end - walk.first;
+    return n <= walk.per_pass ? walk.stages : div_ceil(n, walk.per_pass) * walk.stages;
 }
 
 // Asks for the first stages: the weight before the wait for the kernel before, x after it.
@@ -273,6 +283,26 @@ struct LinearFinish {
     static_assert(4 * LANES >= Sh::TN, "outputs of a pass");
 };
 
+// How the blocks of a cluster wait for each other's sums, where all threads are the 256 that multiply.
+struct ClusterMeeting {
+    u32 size;
+    DEVICE_MEMBER void summed() const {
+        if (size > 1) {
+            cluster_arrive();
+            cluster_wait();
+        } else {
+            sync_256();
+        }
+    }
+    // Without a cluster the barrier of the next stage keeps the buffers until all have read them.
+    DEVICE_MEMBER void read() const {
+        if (size > 1) {
+            cluster_arrive();
+            cluster_wait();
+        }
+    }
+};
+
 // A thread's outputs of one row in the buffer of block `other`.
 DEVICE void load_outputs(float (&x)[4], const float* at, const LinearOutputs& outputs, bool clustered, u32 other) {
     if (outputs.whole) {
@@ -288,27 +318,23 @@ DEVICE void load_outputs(float (&x)[4], const float* at, const LinearOutputs& ou
 }
 
 // Adds the warps, then the blocks of the cluster, and stores this block's share of the rows.
-template <class T, class Sh>
+template <class T, class Sh, class Meeting>
 DEVICE void finish_pass(const LinearArgs& args, const LinearOutputs& outputs, int row0,
-                        float (&sums)[Sh::MW][Sh::NT][4], float* buffers, int wm, int wk, u32 rank, u32 size) {
+                        float (&sums)[Sh::MW][Sh::NT][4], float* buffers, int wm, int wk, u32 rank, u32 size,
+                        const Meeting& meeting) {
     if constexpr (Sh::ALL) {
         exchange<Sh, false>(sums, buffers + wk * Sh::SUM_FLOATS, wm);
     } else {
 #pragma unroll
         for (int half = Sh::WK / 2; half > 0; half /= 2) {
             if (wk >= half && wk < 2 * half) exchange<Sh, false>(sums, buffers + (wk - half) * Sh::SUM_FLOATS, wm);
-            __syncthreads();
+            sync_256();
             if (wk < half) exchange<Sh, true>(sums, buffers + wk * Sh::SUM_FLOATS, wm);
-            __syncthreads();
+            sync_256();
         }
         if (wk == 0) exchange<Sh, false>(sums, buffers, wm);
     }
-    if (size > 1) {
-        cluster_arrive();
-        cluster_wait();
-    } else {
-        __syncthreads();
-    }
+    meeting.summed();
     using Finish = LinearFinish<Sh>;
     constexpr int SWEEP = Finish::SWEEP, BATCH = Finish::BATCH;
     int end = args.rows * (rank + 1) / size;
@@ -337,9 +363,5 @@ DEVICE void finish_pass(const LinearArgs& args, const LinearOutputs& outputs, in
             finish_rows<T, BATCH>(args, outputs, row, SWEEP, end, total);
         }
     }
-    if (size > 1) {
-        cluster_arrive();
-        cluster_wait();
-    }
-    // Without a cluster the barrier of the next stage keeps the buffers until all have read them.
+    meeting.read();
 }

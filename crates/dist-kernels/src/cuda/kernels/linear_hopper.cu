@@ -85,7 +85,7 @@ DEVICE void linear_hopper(const LinearArgs& args) {
 
     let_next_start();
     LinearWalk walk = walk_of<Sh>(args, rank, size);
-    int total = div_ceil(walk.end - walk.first, walk.per_pass) * walk.stages;
+    int total = stages_of(walk);
     LinearPlace next = fill_ring<T, Sh>(args, walk, total, ring);
 
     int slot = 0, it = 0;
@@ -112,7 +112,8 @@ DEVICE void linear_hopper(const LinearArgs& args) {
         for (int j = 0; j < Sh::NT; j++) {
             asm volatile("wgmma.wait_group.sync.aligned 0;" : REGS4_OF(sums[0][j])::"memory");
         }
-        finish_pass<T, Sh>(args, outputs, row0, sums, buffers, wm * 4 + (threadIdx.x >> 5 & 3), wk, rank, size);
+        finish_pass<T, Sh>(args, outputs, row0, sums, buffers, wm * 4 + (threadIdx.x >> 5 & 3), wk, rank, size,
+                           ClusterMeeting{size});
     }
 }
 

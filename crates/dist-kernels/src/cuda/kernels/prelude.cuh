@@ -79,11 +79,6 @@ DEVICE uint4 load_shared16(u32 address) {
     return v;
 }
 
-DEVICE void store_shared16(u32 address, uint4 v) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                 : "memory");
-}
-
 // 16 bytes from global to shared memory, past L1; zeros if `take` is false.
 DEVICE void copy16(u32 to, const void* from, bool take = true) {
     int bytes = take ? 16 : 0;
@@ -96,38 +91,45 @@ DEVICE void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// Barriers of asynchronous bulk copies (Hopper): a phase ends when all arrived and all bytes are there.
+#if HOPPER
+// Barriers of asynchronous copies: a phase ends when all have arrived and all bytes are there.
 DEVICE void barrier_init(u32 barrier, int arrivals) {
-#if HOPPER
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-#endif
 }
-DEVICE void barriers_ready() {
-#if HOPPER
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
-}
+DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 DEVICE void barrier_expect(u32 barrier, int bytes) {
-#if HOPPER
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-#endif
+}
+DEVICE void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+DEVICE void barrier_arrive_at(u32 barrier, u32 rank) {
+    asm volatile(
+        "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
+        " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
 }
 DEVICE void barrier_wait(u32 barrier, int parity) {
-#if HOPPER
     asm volatile(
-        "{ .reg .pred done; AGAIN%=: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra AGAIN%=; }" ::"r"(barrier),
+        "{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;"
+        " @!done bra AGAIN; }" ::"r"(barrier),
         "r"(parity)
         : "memory");
-#endif
 }
-// `bytes` (a multiple of 16) from global to shared memory by the copy engine.
-DEVICE void copy_bulk(u32 to, const void* from, int bytes, u32 barrier) {
-#if HOPPER
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
-#endif
+
+// A map of a matrix for the copy engine, made by the host.
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+// The box of `map` at (x, y) to shared memory.
+DEVICE void copy_box(u32 to, const TensorMap* map, int x, int y, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+        "l"(map), "r"(x), "r"(y), "r"(barrier)
+        : "memory");
 }
+#endif
 
 // Four 8 × 8 matrices: lane l gives the address of row l % 8 of matrix l / 8.
 DEVICE uint4 load_matrices(u32 address) {
@@ -175,6 +177,9 @@ DEVICE void wait_for_previous() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+// A barrier of the first 256 threads.
+DEVICE void sync_256() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
 // Blocks of a cluster; one block where there are none.
 DEVICE u32 cluster_rank() {
@@ -236,3 +241,16 @@ DEVICE float4 load_cluster4(u32 address, u32 rank) {
 DEVICE int div_ceil(int a, int b) { return (a + b - 1) / b; }
 DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 DEVICE int max_of(int a, int b) { return a > b ? a : b; }
+
+// A load that passes L1 by, for what other blocks of the same launch wrote.
+template <class V>
+DEVICE V load_l2(const V* from) {
+    static_assert(sizeof(V) == 4 || sizeof(V) == 8, "a float or two");
+    V v;
+    if constexpr (sizeof(V) == 4) {
+        asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(*(float*)&v) : "l"(from) : "memory");
+    } else {
+        asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(((float*)&v)[0]), "=f"(((float*)&v)[1]) : "l"(from) : "memory");
+    }
+    return v;
+}
