@@ -2,6 +2,8 @@
 
 use dist_core::DType;
 
+use crate::cuda::driver::CudaError;
+
 /// An error of a backend. Wrong shapes are our own bugs and panic in the args' `check` instead.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
@@ -39,6 +41,9 @@ pub enum KernelError {
     /// Threads could not be started.
     #[error("cannot start worker threads")]
     Threads(#[from] std::io::Error),
+    /// The GPU, its driver or its libraries.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
     /// The backend has no such facility.
     #[error("the {backend} backend cannot {what}")]
     Unsupported {

@@ -41,6 +41,7 @@
 pub mod args;
 pub mod backend;
 pub mod cpu;
+pub mod cuda;
 pub mod error;
 pub mod trace;
 pub mod weight;

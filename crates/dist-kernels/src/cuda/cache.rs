@@ -1,0 +1,225 @@
+//! Compiled kernels on disk. An entry's name holds a hash of source and options, the architecture and the compiler's
+//! version; the entry holds a checksum, so that one that is damaged is made anew. Entries are written beside their
+//! place and renamed, so that nobody reads half of one.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::compile::{CompileError, Compiler, Program, Usage, usages, warnings};
+use super::libraries::Version;
+
+/// What an entry begins with; its number changes with the entry's form.
+const MAGIC: &[u8] = b"dist-cubin 1\n";
+const DIGITS: &[u8; 16] = b"0123456789abcdef";
+const CHECKSUM_LEN: usize = 64;
+
+/// Machine code of a unit, and what is known of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cubin {
+    /// Machine code.
+    pub bytes: Vec<u8>,
+    /// What each kernel takes.
+    pub usages: Vec<Usage>,
+    /// What the compiler warned of.
+    pub warnings: Vec<String>,
+    /// The compiler's version.
+    pub compiler: Version,
+    /// Where it comes from.
+    pub origin: Origin,
+}
+
+/// Where kernels come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// An entry of the cache.
+    Cache(PathBuf),
+    /// Compiled now and stored there.
+    Compiled(PathBuf),
+    /// Compiled now; they could not be stored.
+    NotStored(String),
+}
+
+/// What stands before the machine code of an entry.
+#[derive(Serialize, Deserialize)]
+struct Head {
+    compiler: Version,
+    usages: Vec<Usage>,
+    warnings: Vec<String>,
+    n_bytes: usize,
+}
+
+/// A folder of compiled kernels.
+#[derive(Clone, Debug)]
+pub struct KernelCache {
+    dir: PathBuf,
+}
+
+impl KernelCache {
+    /// In `dir`, which is made when the first entry is written.
+    pub fn new(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
+    /// Its folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The kernels of `program`: those of the cache, or compiled and stored. Without a compiler, those that any version
+    /// of it has made will do.
+    pub fn get(
+        &self,
+        program: &Program,
+        compiler: Result<&dyn Compiler, &dyn std::fmt::Display>,
+    ) -> Result<Cubin, CompileError> {
+        let compiler = match compiler {
+            Ok(compiler) => compiler,
+            Err(why) => return self.without_compiler(program, why),
+        };
+        let path = self.dir.join(format!("{}-nvrtc{}.cubin", stem(program), compiler.version()));
+        match read(&path) {
+            Ok(Some(cubin)) => return Ok(cubin),
+            Ok(None) => {}
+            Err(why) => tracing::warn!("{} is damaged ({why}) and is made anew", path.display()),
+        }
+        let compiled = compiler.compile(program)?;
+        let mut cubin = Cubin {
+            usages: usages(&compiled.log),
+            warnings: warnings(&compiled.log),
+            bytes: compiled.cubin,
+            compiler: compiler.version(),
+            origin: Origin::Compiled(path.clone()),
+        };
+        if let Err(error) = self.write(&path, &cubin) {
+            let why = format!("{}: {error}", path.display());
+            tracing::warn!("compiled kernels cannot be stored: {why}");
+            cubin.origin = Origin::NotStored(why);
+        }
+        Ok(cubin)
+    }
+
+    /// Whether `program` is there, whatever version has made it.
+    pub fn holds(&self, program: &Program) -> bool {
+        self.entries(program).iter().any(|path| matches!(read(path), Ok(Some(_))))
+    }
+
+    fn without_compiler(
+        &self,
+        program: &Program,
+        why: &dyn std::fmt::Display,
+    ) -> Result<Cubin, CompileError> {
+        let found = self.entries(program).iter().find_map(|path| read(path).ok().flatten());
+        found.ok_or_else(|| CompileError::NoCompiler {
+            unit: program.unit.to_owned(),
+            arch: program.arch.to_string(),
+            why: why.to_string(),
+        })
+    }
+
+    /// Entries of `program` by any version, the newest version first.
+    fn entries(&self, program: &Program) -> Vec<PathBuf> {
+        let start = format!("{}-nvrtc", stem(program));
+        let version = |path: &PathBuf| {
+            let name = path.file_name()?.to_str()?;
+            let (major, minor) = name.strip_prefix(&start)?.strip_suffix(".cubin")?.split_once('.')?;
+            Some(Version { major: major.parse().ok()?, minor: minor.parse().ok()? })
+        };
+        let read = fs::read_dir(&self.dir).into_iter().flatten();
+        let mut found: Vec<_> = read
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter_map(|path| Some((version(&path)?, path)))
+            .collect();
+        found.sort();
+        found.into_iter().rev().map(|(_, path)| path).collect()
+    }
+
+    fn write(&self, path: &Path, cubin: &Cubin) -> io::Result<()> {
+        // Threads of one process may write the same entry too.
+        static WRITES: AtomicU64 = AtomicU64::new(0);
+        fs::create_dir_all(&self.dir)?;
+        let write = WRITES.fetch_add(1, Ordering::Relaxed);
+        let beside = path.with_extension(format!("{}-{write}.part", std::process::id()));
+        let written = write_all(&beside, &encode(cubin)?).and_then(|()| fs::rename(&beside, path));
+        if written.is_err() {
+            // What is left is of no use; that it cannot be removed is told by the error itself.
+            let _ = fs::remove_file(&beside);
+        }
+        written
+    }
+}
+
+fn write_all(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = fs::File::create_new(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+/// An entry's name without the compiler's version.
+fn stem(program: &Program) -> String {
+    let mut hash = Sha256::new();
+    for option in program.options() {
+        hash.update(option.as_bytes());
+        hash.update([0]);
+    }
+    hash.update(program.source.as_bytes());
+    format!("{}-{}-{}", program.unit, program.arch, &hex(&hash.finalize())[..32])
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes
+        .iter()
+        .flat_map(|byte| [byte >> 4, byte & 15])
+        .map(|digit| DIGITS[usize::from(digit)] as char)
+        .collect()
+}
+
+fn encode(cubin: &Cubin) -> io::Result<Vec<u8>> {
+    let head = Head {
+        compiler: cubin.compiler,
+        usages: cubin.usages.clone(),
+        warnings: cubin.warnings.clone(),
+        n_bytes: cubin.bytes.len(),
+    };
+    let mut body = serde_json::to_vec(&head)?;
+    body.push(b'\n');
+    body.extend_from_slice(&cubin.bytes);
+    let checksum = hex(&Sha256::digest(&body));
+    Ok([MAGIC, checksum.as_bytes(), b"\n", &body].concat())
+}
+
+/// An entry; `None` if there is none, and why it cannot be used if there is.
+fn read(path: &Path) -> Result<Option<Cubin>, String> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error.to_string()),
+    };
+    let rest = bytes.strip_prefix(MAGIC).ok_or("it does not begin as an entry does")?;
+    let (checksum, rest) = rest.split_at_checked(CHECKSUM_LEN).ok_or("it is too short")?;
+    let body = rest.strip_prefix(b"\n").ok_or("it is too short")?;
+    if hex(&Sha256::digest(body)).as_bytes() != checksum {
+        return Err("its checksum is another".to_owned());
+    }
+    let end = body.iter().position(|&byte| byte == b'\n').ok_or("it has no head")?;
+    let head: Head = serde_json::from_slice(&body[..end]).map_err(|error| error.to_string())?;
+    let code = &body[end + 1..];
+    if code.len() != head.n_bytes || code.is_empty() {
+        return Err("its machine code has another length".to_owned());
+    }
+    let Head { compiler, usages, warnings, .. } = head;
+    Ok(Some(Cubin {
+        bytes: code.to_vec(),
+        usages,
+        warnings,
+        compiler,
+        origin: Origin::Cache(path.to_owned()),
+    }))
+}
+
+#[cfg(test)]
+mod tests;

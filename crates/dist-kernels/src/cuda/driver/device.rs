@@ -1,0 +1,181 @@
+//! The driver, the GPUs that it sees, and a thread's context on one of them.
+
+use std::rc::Rc;
+
+use cudarc::driver::result::{self, ctx, device, primary_ctx};
+use cudarc::driver::sys::{CUdevice, CUdevice_attribute_enum as Attribute, CUresult};
+use serde::{Deserialize, Serialize};
+
+use super::super::libraries::{Libraries, Version};
+use super::Result;
+use super::error::{CudaError, dropped, failed};
+
+/// The oldest driver that has all functions that are called here.
+const VERSION_LEAST: Version = Version { major: 12, minor: 8 };
+/// The oldest GPU that kernels are written for.
+const CAPABILITY_LEAST: (u32, u32) = (8, 0);
+
+/// NVIDIA's driver, open and ready.
+#[derive(Clone, Debug)]
+pub struct Driver {
+    version: Version,
+}
+
+/// A GPU.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    /// The driver's number of it, from 0.
+    pub ordinal: usize,
+    /// Its name.
+    pub name: String,
+    /// Its compute capability.
+    pub capability: (u32, u32),
+    /// Its memory.
+    pub total_bytes: usize,
+    /// Its multiprocessors.
+    pub n_sms: usize,
+    /// Shared memory that a block can have at most.
+    pub shared_bytes_max: usize,
+    /// Its L2 cache.
+    pub l2_bytes: usize,
+}
+
+impl DeviceInfo {
+    /// Whether kernels are written for it.
+    pub fn is_supported(&self) -> bool {
+        self.capability >= CAPABILITY_LEAST
+    }
+
+    /// Whether kernels may overlap with the next one's start, and blocks make clusters.
+    pub fn is_hopper_or_later(&self) -> bool {
+        self.capability.0 >= 9
+    }
+}
+
+impl Driver {
+    /// Opens the driver; it may see no GPU.
+    pub fn open(libraries: &Libraries) -> Result<Self> {
+        let version = libraries.driver()?.version;
+        if version < VERSION_LEAST {
+            return Err(CudaError::DriverTooOld { found: version, least: VERSION_LEAST });
+        }
+        result::init().map_err(|error| match error.0 {
+            CUresult::CUDA_ERROR_NO_DEVICE => CudaError::NoGpu,
+            _ => failed("cuInit", "this machine", error),
+        })?;
+        Ok(Self { version })
+    }
+
+    /// The newest CUDA that it knows.
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// All GPUs, those that are too old as well.
+    pub fn devices(&self) -> Result<Vec<DeviceInfo>> {
+        let n = device::get_count().map_err(|error| failed("cuDeviceGetCount", "this machine", error))?;
+        (0..n as usize).map(|ordinal| self.device(ordinal)).collect()
+    }
+
+    /// One GPU.
+    pub fn device(&self, ordinal: usize) -> Result<DeviceInfo> {
+        let handle = Self::handle(ordinal)?;
+        let what = || format!("GPU {ordinal}");
+        let attribute = |attribute| {
+            // SAFETY: the handle is one that the driver has just given.
+            let value = unsafe { device::get_attribute(handle, attribute) };
+            value.map_err(|error| failed("cuDeviceGetAttribute", what(), error))
+        };
+        let name = device::get_name(handle).map_err(|error| failed("cuDeviceGetName", what(), error))?;
+        // SAFETY: as above.
+        let total = unsafe { device::total_mem(handle) };
+        Ok(DeviceInfo {
+            ordinal,
+            name,
+            capability: (
+                attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? as u32,
+                attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as u32,
+            ),
+            total_bytes: total.map_err(|error| failed("cuDeviceTotalMem", what(), error))?,
+            n_sms: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+            shared_bytes_max: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
+                as usize,
+            l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
+        })
+    }
+
+    fn handle(ordinal: usize) -> Result<CUdevice> {
+        let n =
+            device::get_count().map_err(|error| failed("cuDeviceGetCount", "this machine", error))? as usize;
+        if n == 0 {
+            return Err(CudaError::NoGpu);
+        }
+        if ordinal >= n {
+            return Err(CudaError::NoSuchGpu { ordinal, n });
+        }
+        device::get(ordinal as i32).map_err(|error| failed("cuDeviceGet", format!("GPU {ordinal}"), error))
+    }
+}
+
+/// A thread's hold on a GPU; whatever lives there keeps it.
+#[derive(Clone, Debug)]
+pub struct Context(Rc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    device: CUdevice,
+    info: DeviceInfo,
+}
+
+impl Context {
+    /// Takes GPU `ordinal` for this thread.
+    pub fn new(driver: &Driver, ordinal: usize) -> Result<Self> {
+        let device = Driver::handle(ordinal)?;
+        let info = driver.device(ordinal)?;
+        if !info.is_supported() {
+            return Err(CudaError::Capability { name: info.name, capability: info.capability });
+        }
+        let what = || format!("GPU {ordinal}");
+        let before = ctx::get_current().map_err(|error| failed("cuCtxGetCurrent", what(), error))?;
+        // SAFETY: the device is one that the driver has just given; `Inner` gives it back.
+        let handle = unsafe { primary_ctx::retain(device) };
+        let handle = handle.map_err(|error| match error.0 {
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                CudaError::OutOfMemory { what: format!("the context on {}", info.name), needed: 0, free: 0 }
+            }
+            _ => failed("cuDevicePrimaryCtxRetain", what(), error),
+        })?;
+        let inner = Inner { device, info };
+        if before.is_some_and(|before| before != handle) {
+            return Err(CudaError::OtherGpu);
+        }
+        // SAFETY: retained above.
+        unsafe { ctx::set_current(handle) }.map_err(|error| failed("cuCtxSetCurrent", what(), error))?;
+        Ok(Self(Rc::new(inner)))
+    }
+
+    /// The GPU.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.0.info
+    }
+
+    /// Bytes that are free, and all.
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        result::mem_get_info().map_err(|error| failed("cuMemGetInfo", &self.0.info.name, error))
+    }
+
+    /// Waits until all that was asked of the GPU is done.
+    pub fn synchronize(&self) -> Result<()> {
+        ctx::synchronize().map_err(|error| failed("cuCtxSynchronize", &self.0.info.name, error))
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // SAFETY: no context is a valid choice; nothing that lived in this one is left, as all of it keeps `Inner`.
+        unsafe {
+            dropped("cuCtxSetCurrent", ctx::set_current(std::ptr::null_mut()));
+            dropped("cuDevicePrimaryCtxRelease", primary_ctx::release(self.device));
+        }
+    }
+}

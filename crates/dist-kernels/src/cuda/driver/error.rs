@@ -1,0 +1,158 @@
+//! What can go wrong below an op, and what to do about it.
+
+use std::ffi::CStr;
+
+use cudarc::driver::DriverError;
+use cudarc::driver::sys::CUresult;
+
+use super::super::compile::CompileError;
+use super::super::libraries::{LibraryError, Version};
+
+/// An error of the GPU, its driver or its libraries.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CudaError {
+    /// A library is missing or cannot be used.
+    #[error(transparent)]
+    Library(#[from] LibraryError),
+    /// Kernels are missing or do not compile.
+    #[error(transparent)]
+    Kernels(#[from] CompileError),
+    /// The driver is older than what this program calls.
+    #[error("NVIDIA's driver is too old: it knows CUDA {found}, at least {least} is needed")]
+    DriverTooOld {
+        /// The newest CUDA that it knows.
+        found: Version,
+        /// What it must know.
+        least: Version,
+    },
+    /// The driver is there, and no GPU.
+    #[error("NVIDIA's driver is here, but it sees no GPU")]
+    NoGpu,
+    /// There is no GPU of that number.
+    #[error("there is no GPU {ordinal}: the driver sees {n}, counted from 0")]
+    NoSuchGpu {
+        /// The number that was asked for.
+        ordinal: usize,
+        /// How many there are.
+        n: usize,
+    },
+    /// The GPU is older than what kernels are written for.
+    #[error("{name} has compute capability {}.{}: kernels need 8.0 or more", .capability.0, .capability.1)]
+    Capability {
+        /// The GPU's name.
+        name: String,
+        /// Its capability.
+        capability: (u32, u32),
+    },
+    /// A thread works with one GPU.
+    #[error("this thread works with another GPU already")]
+    OtherGpu,
+    /// Memory does not suffice.
+    #[error("out of GPU memory for {what}: {needed} bytes needed, {free} free")]
+    OutOfMemory {
+        /// What it was for.
+        what: String,
+        /// Bytes that were asked for.
+        needed: usize,
+        /// Bytes that were free.
+        free: usize,
+    },
+    /// A module has no such kernel, or one that takes something else.
+    #[error("{module} has no kernel {kernel}: {why}")]
+    Kernel {
+        /// The module.
+        module: String,
+        /// The kernel.
+        kernel: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// A call failed.
+    #[error("{call} failed for {what}: {name} ({meaning})")]
+    Call {
+        /// The driver's function.
+        call: &'static str,
+        /// What it was about.
+        what: String,
+        /// The driver's name of the error.
+        name: String,
+        /// The driver's sentence for it.
+        meaning: String,
+        /// The driver's number of it.
+        status: u32,
+    },
+}
+
+impl CudaError {
+    /// What to do about it, if that is known.
+    pub fn help(&self) -> Option<String> {
+        match self {
+            Self::Library(error) => Some(error.help()),
+            Self::Kernels(CompileError::NoCompiler { .. }) => {
+                Some("pip install nvidia-cuda-nvrtc==13.0.88, or fill the cache: dist-cli kernels build".to_owned())
+            }
+            Self::DriverTooOld { .. } => Some("install NVIDIA's driver 580 or later".to_owned()),
+            Self::NoGpu => {
+                Some("look with nvidia-smi; in a container, pass the GPU on (--gpus all); see CUDA_VISIBLE_DEVICES".to_owned())
+            }
+            Self::NoSuchGpu { .. } => Some("choose another: --device cuda:0".to_owned()),
+            Self::Capability { .. } => Some("use --device cpu, or an Ampere GPU or later".to_owned()),
+            Self::OutOfMemory { .. } => {
+                Some("take less at once (--max-seqs, --max-seq-len, --max-batch-tokens), or end other programs on the GPU (nvidia-smi)".to_owned())
+            }
+            Self::Call { status, .. } => help_of(*status).map(str::to_owned),
+            Self::OtherGpu | Self::Kernel { .. } | Self::Kernels(CompileError::Refused { .. }) => None,
+        }
+    }
+}
+
+fn help_of(status: u32) -> Option<&'static str> {
+    let is = |known: CUresult| status == known as u32;
+    if is(CUresult::CUDA_ERROR_ECC_UNCORRECTABLE) {
+        return Some("the GPU's memory is damaged: look with nvidia-smi -q -d ECC, and restart the machine");
+    }
+    if is(CUresult::CUDA_ERROR_ILLEGAL_ADDRESS) || is(CUresult::CUDA_ERROR_LAUNCH_FAILED) {
+        return Some("a kernel went wrong: run it again under compute-sanitizer, and report what it says");
+    }
+    if is(CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU) || is(CUresult::CUDA_ERROR_INVALID_IMAGE) {
+        return Some(
+            "the kernels are for another GPU or driver: empty the kernel cache, or update the driver",
+        );
+    }
+    if is(CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH) {
+        return Some("the driver was updated while it was loaded: restart the machine");
+    }
+    if is(CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE) {
+        return Some("another program has the GPU for itself: look with nvidia-smi");
+    }
+    if is(CUresult::CUDA_ERROR_SYSTEM_NOT_READY) {
+        return Some("NVIDIA's fabric manager does not run: systemctl status nvidia-fabricmanager");
+    }
+    if is(CUresult::CUDA_ERROR_UNKNOWN) {
+        return Some(
+            "look with nvidia-smi whether the driver works; restart the machine after an update of it",
+        );
+    }
+    None
+}
+
+/// The error of a call. It may be asked for only after the driver's library is open, as every call is.
+pub(super) fn failed(call: &'static str, what: impl Into<String>, error: DriverError) -> CudaError {
+    let text = |text: std::result::Result<&CStr, DriverError>| {
+        text.map_or_else(|_| "unknown".to_owned(), |text| text.to_string_lossy().into_owned())
+    };
+    CudaError::Call {
+        call,
+        what: what.into(),
+        name: text(error.error_name()),
+        meaning: text(error.error_string()),
+        status: error.0 as u32,
+    }
+}
+
+/// A value that is being dropped has nobody to tell: after an error every call on the GPU fails, and that error was told.
+pub(super) fn dropped(call: &'static str, result: std::result::Result<(), DriverError>) {
+    if let Err(error) = result {
+        tracing::debug!("{}", failed(call, "a value that ends", error));
+    }
+}

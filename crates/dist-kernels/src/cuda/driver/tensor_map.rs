@@ -1,0 +1,62 @@
+//! Tensor maps: how the copy engine of Hopper finds a box of a matrix. Made by the host, read by kernels.
+
+use std::ffi::c_void;
+
+use cudarc::driver::sys::{
+    self, CUtensorMap, CUtensorMapDataType_enum as DataType, CUtensorMapFloatOOBfill_enum as Outside,
+    CUtensorMapInterleave_enum as Interleave, CUtensorMapL2promotion_enum as Promotion,
+    CUtensorMapSwizzle_enum as Swizzle,
+};
+
+use super::error::failed;
+use super::{Context, Result};
+
+/// A map; a kernel takes it by value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C, align(128))]
+pub struct TensorMap(CUtensorMap);
+
+/// A matrix of 16-bit elements and the box that a copy takes of it. What lies outside the matrix is zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TensorMapSpec {
+    /// Its first element; a multiple of 16.
+    pub address: u64,
+    /// Its rows.
+    pub rows: usize,
+    /// Its columns.
+    pub columns: usize,
+    /// Elements from a row to the next; a multiple of 8.
+    pub ld: usize,
+    /// Rows of a box, at most 256.
+    pub box_rows: u32,
+    /// Columns of a box: 64 at most, which is 128 bytes, swizzled as tensor cores read them.
+    pub box_columns: u32,
+}
+
+impl Context {
+    /// Makes the map. Whether the matrix is there is not checked: a kernel that reads elsewhere fails.
+    pub fn tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap> {
+        let mut map = TensorMap(CUtensorMap { opaque: [0; 16] });
+        let (dims, strides) = ([spec.columns as u64, spec.rows as u64], [spec.ld as u64 * 2]);
+        let (boxes, steps) = ([spec.box_columns, spec.box_rows], [1_u32, 1]);
+        // SAFETY: the arrays have two dimensions, and one stride less, as the call is told.
+        let status = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &raw mut map.0,
+                DataType::CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                2,
+                spec.address as *mut c_void,
+                dims.as_ptr(),
+                strides.as_ptr(),
+                boxes.as_ptr(),
+                steps.as_ptr(),
+                Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                Outside::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        status.result().map_err(|error| failed("cuTensorMapEncodeTiled", format!("{spec:?}"), error))?;
+        Ok(map)
+    }
+}

@@ -1,0 +1,355 @@
+//! Finding and opening NVIDIA's libraries by path. What is not there is a value that says where it was looked for;
+//! nothing of cudarc may be called before [`Libraries::driver`] has succeeded, because it panics on a missing library.
+//!
+//! Where to look is the caller's to say ([`LibraryDirs`]): this crate reads no environment.
+
+use std::ffi::c_int;
+use std::fmt;
+use std::mem::ManuallyDrop;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use libloading::Library;
+use serde::{Deserialize, Serialize};
+
+use super::nvrtc::Nvrtc;
+
+/// Folders to look through, in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LibraryDirs {
+    /// What the user named.
+    pub first: Vec<PathBuf>,
+    /// Whether the loader is asked then: its cache, its path, the program's own.
+    pub asks_loader: bool,
+    /// Where Python packages and toolkits put them.
+    pub last: Vec<PathBuf>,
+}
+
+/// A version, as libraries tell their own: 13.0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Version {
+    /// The number whose change breaks what others rely on.
+    pub major: u32,
+    /// The other one.
+    pub minor: u32,
+}
+
+impl Version {
+    /// Of the driver's and cuBLASLt's single number, whose last digits are the minor version's.
+    fn of_number(number: usize, per_major: usize, per_minor: usize) -> Self {
+        Self { major: (number / per_major) as u32, minor: (number % per_major / per_minor) as u32 }
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)
+    }
+}
+
+/// Why a library cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LibraryError {
+    /// No file of its name is there.
+    #[error("{name} ({file}) was not found{}", places(.searched))]
+    NotFound {
+        /// For people.
+        name: &'static str,
+        /// The file's name.
+        file: &'static str,
+        /// Folders that were looked through.
+        searched: Vec<PathBuf>,
+    },
+    /// Files of its name are there, and none of them can be used.
+    #[error("{name} at {} cannot be used: {why}", .path.display())]
+    Unusable {
+        /// For people.
+        name: &'static str,
+        /// The first of them.
+        path: PathBuf,
+        /// What the loader says.
+        why: String,
+    },
+}
+
+impl LibraryError {
+    /// What to do about it.
+    pub fn help(&self) -> String {
+        match self {
+            Self::NotFound { file, .. } if file.starts_with("libcuda.") => {
+                "install NVIDIA's driver, or name the folder of libcuda.so.1 in DIST_CUDA_LIB".to_owned()
+            }
+            Self::NotFound { file, .. } => {
+                format!("pip install {}, or name the folder of {file} in DIST_CUDA_LIB", package(file))
+            }
+            Self::Unusable { path, .. } => {
+                format!("repair or remove {}, or name another folder in DIST_CUDA_LIB", path.display())
+            }
+        }
+    }
+}
+
+fn package(file: &str) -> &'static str {
+    if file.starts_with("libnvrtc") { "nvidia-cuda-nvrtc==13.0.88" } else { "nvidia-cublas==13.1.0.3" }
+}
+
+fn places(searched: &[PathBuf]) -> String {
+    if searched.is_empty() {
+        return String::new();
+    }
+    let dirs: Vec<_> = searched.iter().map(|dir| dir.display().to_string()).collect();
+    format!(" by the loader nor in {}", dirs.join(", "))
+}
+
+/// A library that is open, and stays so until the process ends: NVIDIA's libraries do not like to be closed.
+#[derive(Debug)]
+pub struct Opened {
+    /// The file.
+    pub path: PathBuf,
+    /// What it says of itself.
+    pub version: Version,
+    pub(super) library: ManuallyDrop<Library>,
+}
+
+/// What each library is called, by people and in the file system, best first.
+struct Kind {
+    name: &'static str,
+    files: &'static [&'static str],
+    /// The beginning of a file's name that must be opened before it, from the same folder.
+    before: Option<&'static str>,
+    version: fn(&Library) -> Result<Version, libloading::Error>,
+}
+
+const DRIVER: Kind =
+    Kind { name: "the CUDA driver", files: &["libcuda.so.1"], before: None, version: driver_version };
+const NVRTC: Kind = Kind {
+    name: "NVRTC",
+    files: &["libnvrtc.so.13", "libnvrtc.so.12"],
+    before: Some("libnvrtc-builtins.so."),
+    version: nvrtc_version,
+};
+const CUBLAS_LT: Kind = Kind {
+    name: "cuBLASLt",
+    files: &["libcublasLt.so.13", "libcublasLt.so.12"],
+    before: None,
+    version: cublas_lt_version,
+};
+
+/// NVIDIA's libraries, each opened when it is first asked for.
+#[derive(Debug)]
+pub struct Libraries {
+    dirs: LibraryDirs,
+    driver: OnceLock<Result<Opened, LibraryError>>,
+    nvrtc: OnceLock<Result<Nvrtc, LibraryError>>,
+    cublas_lt: OnceLock<Result<Opened, LibraryError>>,
+}
+
+impl Libraries {
+    /// Opens nothing yet.
+    pub fn new(dirs: LibraryDirs) -> Self {
+        Self { dirs, driver: OnceLock::new(), nvrtc: OnceLock::new(), cublas_lt: OnceLock::new() }
+    }
+
+    /// The driver, libcuda.
+    pub fn driver(&self) -> Result<&Opened, LibraryError> {
+        let driver = self.driver.get_or_init(|| {
+            let opened = open(&DRIVER, &self.dirs)?;
+            // SAFETY: this only opens libraries by name, which `open` has just done with this one.
+            let is_seen = unsafe { cudarc::driver::sys::is_culib_present() };
+            if is_seen { Ok(opened) } else { Err(hidden(DRIVER.name, opened.path)) }
+        });
+        driver.as_ref().map_err(Clone::clone)
+    }
+
+    /// The compiler of kernels.
+    pub fn nvrtc(&self) -> Result<&Nvrtc, LibraryError> {
+        let nvrtc = self.nvrtc.get_or_init(|| {
+            let opened = open(&NVRTC, &self.dirs)?;
+            let path = opened.path.clone();
+            let why = |error| LibraryError::Unusable { name: NVRTC.name, path, why: told(&error) };
+            Nvrtc::new(opened).map_err(why)
+        });
+        nvrtc.as_ref().map_err(Clone::clone)
+    }
+
+    /// NVIDIA's matrix products.
+    pub fn cublas_lt(&self) -> Result<&Opened, LibraryError> {
+        let cublas_lt = self.cublas_lt.get_or_init(|| {
+            let opened = open(&CUBLAS_LT, &self.dirs)?;
+            // SAFETY: as for the driver.
+            let is_seen = unsafe { cudarc::cublaslt::sys::is_culib_present() };
+            if is_seen { Ok(opened) } else { Err(hidden(CUBLAS_LT.name, opened.path)) }
+        });
+        cublas_lt.as_ref().map_err(Clone::clone)
+    }
+
+    /// Folders that are looked through beside what the loader knows.
+    pub fn searched(&self) -> impl Iterator<Item = &Path> {
+        self.dirs.first.iter().chain(&self.dirs.last).map(PathBuf::as_path)
+    }
+}
+
+/// A library that we have opened and that cudarc would not find: its file has a name of its own.
+fn hidden(name: &'static str, path: PathBuf) -> LibraryError {
+    let why = "it does not carry the name that its file has".to_owned();
+    LibraryError::Unusable { name, path, why }
+}
+
+fn open(kind: &Kind, dirs: &LibraryDirs) -> Result<Opened, LibraryError> {
+    let mut failed = None;
+    let mut from_dirs = |dirs: &[PathBuf]| {
+        let paths = dirs.iter().flat_map(|dir| kind.files.iter().map(move |file| dir.join(file)));
+        paths.filter(|path| path.is_file()).find_map(|path| match open_at(kind, &path) {
+            Ok(opened) => Some(opened),
+            Err(error) => {
+                failed.get_or_insert((path, told(&error)));
+                None
+            }
+        })
+    };
+    let found = from_dirs(&dirs.first);
+    let found = found.or_else(|| dirs.asks_loader.then(|| from_loader(kind)).flatten());
+    if let Some(opened) = found.or_else(|| from_dirs(&dirs.last)) {
+        return Ok(opened);
+    }
+    let name = kind.name;
+    if let Some((path, why)) = failed {
+        return Err(LibraryError::Unusable { name, path, why });
+    }
+    let searched = dirs.first.iter().chain(&dirs.last).cloned().collect();
+    Err(LibraryError::NotFound { name, file: kind.files[0], searched })
+}
+
+fn open_at(kind: &Kind, path: &Path) -> Result<Opened, libloading::Error> {
+    if let (Some(before), Some(dir)) = (kind.before, path.parent()) {
+        for beside in beside(dir, before) {
+            // SAFETY: a library of NVIDIA's, which needs it; its initialisers ask nothing of us.
+            let library = unsafe { Library::new(&beside)? };
+            let _stays = ManuallyDrop::new(library);
+        }
+    }
+    // SAFETY: a library of NVIDIA's; its initialisers ask nothing of us.
+    let library = ManuallyDrop::new(unsafe { Library::new(path)? });
+    let version = (kind.version)(&library)?;
+    Ok(Opened { path: path.to_owned(), version, library })
+}
+
+fn from_loader(kind: &Kind) -> Option<Opened> {
+    kind.files.iter().find_map(|file| {
+        // SAFETY: as in `open_at`.
+        let library = ManuallyDrop::new(unsafe { Library::new(*file).ok()? });
+        let version = (kind.version)(&library).ok()?;
+        Some(Opened { path: mapped(file).unwrap_or_else(|| PathBuf::from(file)), version, library })
+    })
+}
+
+/// Files of a folder whose names begin so, without NVIDIA's alternative builds.
+fn beside(dir: &Path, start: &str) -> Vec<PathBuf> {
+    let read = std::fs::read_dir(dir).into_iter().flatten();
+    let mut found: Vec<_> = read.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    found.retain(|path| file_name(path).starts_with(start) && !file_name(path).contains(".alt."));
+    found.sort();
+    found
+}
+
+fn file_name(path: &Path) -> &str {
+    path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+}
+
+/// The file that the loader took for `file`, as the system lists what this process has mapped.
+fn mapped(file: &str) -> Option<PathBuf> {
+    let start = file.trim_end_matches(|c: char| c.is_ascii_digit());
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    let mut paths = maps.lines().filter_map(|line| Some(Path::new(&line[line.find('/')?..])));
+    paths.find(|path| file_name(path).starts_with(start)).map(Path::to_owned)
+}
+
+fn driver_version(library: &Library) -> Result<Version, libloading::Error> {
+    let mut number: c_int = 0;
+    // SAFETY: the driver's documented signature; it may be called before all others.
+    let status = unsafe {
+        library.get::<unsafe extern "C" fn(*mut c_int) -> c_int>(b"cuDriverGetVersion")?(&raw mut number)
+    };
+    Ok(Version::of_number(if status == 0 { number as usize } else { 0 }, 1000, 10))
+}
+
+fn nvrtc_version(library: &Library) -> Result<Version, libloading::Error> {
+    type NvrtcVersion = unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int;
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: NVRTC's documented signature.
+    unsafe { library.get::<NvrtcVersion>(b"nvrtcVersion")?(&raw mut major, &raw mut minor) };
+    Ok(Version { major: major as u32, minor: minor as u32 })
+}
+
+fn cublas_lt_version(library: &Library) -> Result<Version, libloading::Error> {
+    // SAFETY: cuBLASLt's documented signature.
+    let number = unsafe { library.get::<unsafe extern "C" fn() -> usize>(b"cublasLtGetVersion")?() };
+    Ok(Version::of_number(number, 10_000, 100))
+}
+
+/// libloading's own sentence leaves out what the loader said.
+fn told(error: &libloading::Error) -> String {
+    let source = std::error::Error::source(error).map(ToString::to_string);
+    source.unwrap_or_else(|| format!("{error:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn only(dir: &Path) -> Libraries {
+        Libraries::new(LibraryDirs { first: vec![dir.to_owned()], asks_loader: false, last: Vec::new() })
+    }
+
+    #[test]
+    fn an_empty_folder_has_no_library_and_the_error_names_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let libraries = only(dir.path());
+        let errors = [
+            libraries.driver().unwrap_err(),
+            libraries.nvrtc().unwrap_err(),
+            libraries.cublas_lt().unwrap_err(),
+        ];
+        for (error, file) in errors.iter().zip(["libcuda.so.1", "libnvrtc.so.13", "libcublasLt.so.13"]) {
+            assert!(matches!(error, LibraryError::NotFound { .. }), "{error:?}");
+            let told = error.to_string();
+            assert!(told.contains(file) && told.contains(&dir.path().display().to_string()), "{told}");
+            assert!(error.help().contains("DIST_CUDA_LIB"), "{}", error.help());
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_no_library_is_named_with_what_the_loader_says() {
+        let dir = tempfile::tempdir().unwrap();
+        for file in ["libcuda.so.1", "libnvrtc.so.13"] {
+            std::fs::write(dir.path().join(file), "not a library").unwrap();
+        }
+        let libraries = only(dir.path());
+        for error in [libraries.driver().unwrap_err(), libraries.nvrtc().unwrap_err()] {
+            let LibraryError::Unusable { path, why, .. } = &error else { panic!("{error:?}") };
+            assert_eq!(path.parent(), Some(dir.path()));
+            assert!(why.contains("ELF") || why.contains("too short"), "{why}");
+        }
+    }
+
+    #[test]
+    fn a_library_without_its_functions_is_unusable() {
+        // The C library is a library everywhere, and has no function of CUDA's.
+        let Some(libc) = mapped("libc.so.6") else { return };
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::copy(libc, dir.path().join("libcublasLt.so.13")).unwrap();
+        let error = only(dir.path()).cublas_lt().unwrap_err();
+        assert!(
+            matches!(&error, LibraryError::Unusable { why, .. } if why.contains("cublasLtGetVersion")),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn numbers_are_versions() {
+        assert_eq!(Version::of_number(13_000, 1000, 10).to_string(), "13.0");
+        assert_eq!(Version::of_number(12_080, 1000, 10), Version { major: 12, minor: 8 });
+        assert_eq!(Version::of_number(130_100, 10_000, 100).to_string(), "13.1");
+        assert!(Version { major: 12, minor: 8 } < Version { major: 13, minor: 0 });
+    }
+}
