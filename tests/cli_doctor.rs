@@ -24,6 +24,11 @@ fn it_tells_what_this_machine_has() {
     assert!(machine["rates"]["read_bytes_per_s"].as_f64().unwrap() > 1e8);
     let libraries = machine["gpu"]["libraries"].as_array().unwrap();
     assert!(libraries.iter().any(|library| library["name"] == "NCCL"));
+    for library in libraries {
+        // Each is found, or it is said where it was looked for.
+        let (version, why) = (&library["version"], &library["problem"]["what"]);
+        assert!(version.is_string() != why.is_string(), "{library}");
+    }
     assert!(report["pairs"].as_array().unwrap().is_empty());
 }
 

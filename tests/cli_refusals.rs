@@ -29,6 +29,7 @@ fn flags_without_meaning_are_usage_errors() {
         (&["--logit-bias", "7"], "ID=VALUE", "--help"),
         (&["--tempature", "1"], "'--tempature'", "'--temperature'"),
         (&["--device", "cuda"], "CPU only", "--device cpu"),
+        (&["--device", "gpu"], "cuda:N", "--help"),
         (&["--prompt", "a", "--prompt-ids", "1"], "cannot be used together", "--prompts"),
         (&["--min-new-tokens", "200"], "more than --max-new-tokens 128", "--max-new-tokens"),
         (&["--model", "gpt3-1.4b"], "no model is called \"gpt3-1.4b\"", "gpt3-1.3b"),

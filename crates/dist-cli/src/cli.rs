@@ -14,6 +14,7 @@ use crate::flags::benchmark::BenchmarkArgs;
 use crate::flags::doctor::DoctorArgs;
 use crate::flags::export::ExportArgs;
 use crate::flags::infer::InferArgs;
+use crate::flags::kernels::KernelsArgs;
 use crate::flags::plan::PlanArgs;
 use crate::flags::shard::ShardArgs;
 use crate::problem::Problem;
@@ -92,6 +93,8 @@ pub enum Action {
     Shard(Box<ShardArgs>),
     /// Looks at this machine and at what lies between ranks, and says what is wrong
     Doctor(Box<DoctorArgs>),
+    /// Compiles the kernels of GPUs beforehand, or lists them
+    Kernels(KernelsArgs),
     /// Writes a shell's completion script
     Completions(CompletionsArgs),
 }
@@ -120,13 +123,11 @@ pub enum NoRun {
 
 /// The command with an environment variable for every flag.
 pub fn command() -> Command {
-    let root = with_environment(Cli::command());
-    let names: Vec<String> = root.get_subcommands().map(|sub| sub.get_name().to_owned()).collect();
-    names.into_iter().fold(root, |root, name| root.mut_subcommand(name, with_environment))
+    with_environment(Cli::command())
 }
 
 fn with_environment(command: Command) -> Command {
-    command.mut_args(|arg| {
+    let command = command.mut_args(|arg| {
         if arg.get_long().is_none() || arg.get_id() == "help" || arg.get_id() == "version" {
             return arg;
         }
@@ -134,7 +135,9 @@ fn with_environment(command: Command) -> Command {
         let is_switch = matches!(arg.get_action(), ArgAction::SetTrue);
         let arg = arg.env(name).hide_env(true);
         if is_switch { arg.value_parser(FalseyValueParser::new()) } else { arg }
-    })
+    });
+    let names: Vec<String> = command.get_subcommands().map(|sub| sub.get_name().to_owned()).collect();
+    names.into_iter().fold(command, |command, name| command.mut_subcommand(name, with_environment))
 }
 
 /// `dist-cli`, and the command that was typed if there is such.

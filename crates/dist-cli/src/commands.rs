@@ -5,5 +5,6 @@ pub mod completions;
 pub mod doctor;
 pub mod export;
 pub mod infer;
+pub mod kernels;
 pub mod plan;
 pub mod shard;

@@ -7,7 +7,7 @@ mod network;
 
 pub use facts::{Machine, Rates, Version};
 pub use findings::{Finding, Severity, findings};
-pub use gpu::Gpu;
+pub use gpu::{Device, Gpu};
 pub use network::Network;
 
 use dist_comm::probe::PairReport;

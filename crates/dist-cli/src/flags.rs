@@ -11,6 +11,7 @@ pub mod benchmark;
 pub mod doctor;
 pub mod export;
 pub mod infer;
+pub mod kernels;
 pub mod plan;
 pub mod shard;
 

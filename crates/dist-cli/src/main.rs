@@ -11,6 +11,7 @@ mod commands;
 mod doctor;
 mod flags;
 mod generation;
+mod gpu;
 mod interrupt;
 mod launch;
 mod machine;
@@ -85,6 +86,7 @@ fn run(cli: Cli, console: &Console) -> anyhow::Result<Ending> {
         Action::Shard(args) => return commands::shard::run(*args, console),
         Action::Plan(args) => commands::plan::run(*args)?,
         Action::Doctor(args) => commands::doctor::run(&args, console)?,
+        Action::Kernels(args) => commands::kernels::run(&args, console)?,
         Action::Completions(args) => commands::completions::run(&args)?,
     }
     Ok(Ending::Whole)

@@ -120,17 +120,29 @@ fn of_machine(machine: &Machine) -> Vec<Finding> {
     found
 }
 
-fn of_gpu(machine: &Machine) -> Option<Finding> {
+/// Machines without an NVIDIA driver have nothing to be told about GPUs.
+fn of_gpu(machine: &Machine) -> Vec<Finding> {
     let gpu = &machine.gpu;
-    let n = gpu.devices.len();
-    if gpu.driver.is_none() && n == 0 {
-        return None;
+    let mut found = Vec::new();
+    let is_there = gpu.driver.is_some() || gpu.libraries.iter().any(|library| library.path.is_some());
+    if let Some(problem) = gpu.problem.as_ref().filter(|_| is_there) {
+        found.push(Finding::new(Severity::Note, &problem.what, problem.help.clone().unwrap_or_default()));
     }
-    let what = match (gpu.driver.is_some(), n) {
-        (true, 0) => "NVIDIA's driver is loaded, but there is no GPU".to_owned(),
-        _ => format!("{n} NVIDIA GPUs are here; this version runs on the CPU only"),
-    };
-    Some(Finding::new(Severity::Note, what, ""))
+    for device in &gpu.devices {
+        let name = format!("GPU {} ({})", device.info.ordinal, device.info.name);
+        if let Some(problem) = &device.problem {
+            let what = format!("{name} cannot be used: {}", problem.what);
+            found.push(Finding::new(Severity::Warning, what, problem.help.clone().unwrap_or_default()));
+        } else if let Some(why) = &device.missing_kernels {
+            let help = "pip install nvidia-cuda-nvrtc==13.0.88, or fill the cache: dist-cli kernels build";
+            found.push(Finding::new(Severity::Warning, format!("{name} has no kernels: {why}"), help));
+        }
+    }
+    if !gpu.devices.is_empty() && !crate::gpu::HAS_BACKEND {
+        let what = "GPUs are here, and this version runs models on the CPU only";
+        found.push(Finding::new(Severity::Note, what, ""));
+    }
+    found
 }
 
 /// Ranks that share a machine.

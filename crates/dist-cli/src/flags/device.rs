@@ -4,33 +4,21 @@ use clap::{Args, ValueEnum};
 use dist_kernels::cpu::CpuPath;
 
 use super::numbers;
-use crate::problem::Problem;
+use crate::gpu::{self, DeviceChoice, GpuAsked, Usable};
 
 /// Flags about the device.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Device")]
 pub struct DeviceArgs {
-    /// Device to run on; `auto` takes the best that there is
-    #[arg(long, value_name = "DEVICE", value_enum, default_value_t = DeviceFlag::Auto)]
-    pub device: DeviceFlag,
+    /// Device to run on: `auto` or `cpu`; this version runs models on the CPU only
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = str::parse::<GpuAsked>)]
+    pub device: GpuAsked,
     /// Threads that compute, shared by the ranks of a machine; by default all cores of this process
     #[arg(long, value_name = "N", value_parser = numbers::threads)]
     pub threads: Option<usize>,
     /// Instructions of the CPU; both give the same bits, `portable` many times slower
     #[arg(long, value_name = "PATH", value_enum, default_value_t = PathFlag::Auto)]
     pub cpu_path: PathFlag,
-}
-
-/// A device, as flags name it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum DeviceFlag {
-    /// The best that there is
-    Auto,
-    /// The processor
-    Cpu,
-    /// An NVIDIA GPU
-    #[value(hide = true)]
-    Cuda,
 }
 
 /// Instructions, as flags name them.
@@ -56,12 +44,20 @@ pub struct DeviceRequest {
 }
 
 impl DeviceArgs {
+    /// The CPU or a GPU.
+    fn choice(&self) -> anyhow::Result<DeviceChoice> {
+        if !gpu::HAS_BACKEND {
+            // Nothing that is found could be used, so nobody waits for a driver.
+            let devices = Ok(Vec::new());
+            return gpu::choose(self.device, || Usable { has_backend: false, devices, kernels: Vec::new() });
+        }
+        let cache = gpu::kernel_cache().ok();
+        gpu::choose(self.device, || gpu::usable(&gpu::libraries(), cache.as_ref()))
+    }
+
     /// The device, or why it cannot be had.
     pub fn to_request(&self) -> anyhow::Result<DeviceRequest> {
-        if self.device == DeviceFlag::Cuda {
-            let problem = Problem::usage("--device cuda: this version runs on the CPU only");
-            return Err(problem.help("leave --device out, or write --device cpu").into());
-        }
+        self.choice()?;
         let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let path = match self.cpu_path {
             PathFlag::Auto => CpuPath::Auto,

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use dist_comm::probe::PairReport;
 use serde::Serialize;
 
-use crate::doctor::{Finding, Machine, RankFacts, Report, Severity, Version};
+use crate::doctor::{Device, Finding, Machine, RankFacts, Report, Severity, Version};
 use crate::machine::gigabytes;
 
 const SCHEMA_VERSION: u32 = 1;
@@ -146,15 +146,28 @@ fn machine(out: &mut String, machine: &Machine) {
 fn gpu(out: &mut String, machine: &Machine) {
     let gpu = &machine.gpu;
     let driver = gpu.driver.as_ref().map_or_else(|| "no NVIDIA driver".to_owned(), |v| format!("driver {v}"));
-    let devices = if gpu.devices.is_empty() { "no GPU".to_owned() } else { gpu.devices.join(", ") };
-    line(out, "GPU", &format!("{devices}; {driver}"));
+    let devices = if gpu.devices.is_empty() { "no GPU".to_owned() } else { gpu.devices.len().to_string() };
+    line(out, "GPUs", &format!("{devices}; {driver}"));
+    for Device { info, free_bytes, missing_kernels, .. } in &gpu.devices {
+        let ((major, minor), total) = (info.capability, gigabytes(info.total_bytes as u64));
+        let free = free_bytes.map_or_else(|| "unknown".to_owned(), |bytes| gigabytes(bytes as u64));
+        let kernels = if missing_kernels.is_some() { "no kernels" } else { "kernels can be had" };
+        let told = format!(
+            "{}, compute capability {major}.{minor}, {} multiprocessors, {free} of {total} free; {kernels}",
+            info.name, info.n_sms
+        );
+        line(out, &format!("  {}", info.ordinal), &told);
+    }
     for library in &gpu.libraries {
-        let told = match (&library.path, &library.version) {
-            (Some(path), Some(version)) => format!("{version} at {}", path.display()),
-            (Some(path), None) => path.display().to_string(),
-            (None, _) => format!("not found in {} folders", gpu.searched.len()),
+        let told = match (&library.path, &library.version, &library.problem) {
+            (Some(path), Some(version), _) => format!("{version} at {}", path.display()),
+            (.., Some(problem)) => problem.what.clone(),
+            _ => "unknown".to_owned(),
         };
         line(out, &format!("  {}", library.name), &told);
+    }
+    if let Some(dir) = &gpu.kernel_cache {
+        line(out, "  kernel cache", &dir.display().to_string());
     }
 }
 

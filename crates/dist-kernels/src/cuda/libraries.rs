@@ -90,7 +90,11 @@ impl LibraryError {
 }
 
 fn package(file: &str) -> &'static str {
-    if file.starts_with("libnvrtc") { "nvidia-cuda-nvrtc==13.0.88" } else { "nvidia-cublas==13.1.0.3" }
+    match file {
+        _ if file.starts_with("libnvrtc") => "nvidia-cuda-nvrtc==13.0.88",
+        _ if file.starts_with("libnccl") => "nvidia-nccl-cu13==2.28.9",
+        _ => "nvidia-cublas==13.1.0.3",
+    }
 }
 
 fn places(searched: &[PathBuf]) -> String {
@@ -135,6 +139,8 @@ const CUBLAS_LT: Kind = Kind {
     version: cublas_lt_version,
 };
 
+const NCCL: Kind = Kind { name: "NCCL", files: &["libnccl.so.2"], before: None, version: nccl_version };
+
 /// NVIDIA's libraries, each opened when it is first asked for.
 #[derive(Debug)]
 pub struct Libraries {
@@ -142,12 +148,14 @@ pub struct Libraries {
     driver: OnceLock<Result<Opened, LibraryError>>,
     nvrtc: OnceLock<Result<Nvrtc, LibraryError>>,
     cublas_lt: OnceLock<Result<Opened, LibraryError>>,
+    nccl: OnceLock<Result<Opened, LibraryError>>,
 }
 
 impl Libraries {
     /// Opens nothing yet.
     pub fn new(dirs: LibraryDirs) -> Self {
-        Self { dirs, driver: OnceLock::new(), nvrtc: OnceLock::new(), cublas_lt: OnceLock::new() }
+        let (driver, cublas_lt, nccl) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
+        Self { dirs, driver, nvrtc: OnceLock::new(), cublas_lt, nccl }
     }
 
     /// The driver, libcuda.
@@ -181,6 +189,11 @@ impl Libraries {
             if is_seen { Ok(opened) } else { Err(hidden(CUBLAS_LT.name, opened.path)) }
         });
         cublas_lt.as_ref().map_err(Clone::clone)
+    }
+
+    /// NVIDIA's collectives.
+    pub fn nccl(&self) -> Result<&Opened, LibraryError> {
+        self.nccl.get_or_init(|| open(&NCCL, &self.dirs)).as_ref().map_err(Clone::clone)
     }
 
     /// Folders that are looked through beside what the loader knows.
@@ -287,6 +300,13 @@ fn cublas_lt_version(library: &Library) -> Result<Version, libloading::Error> {
     Ok(Version::of_number(number, 10_000, 100))
 }
 
+fn nccl_version(library: &Library) -> Result<Version, libloading::Error> {
+    let mut number: c_int = 0;
+    // SAFETY: NCCL's documented signature.
+    unsafe { library.get::<unsafe extern "C" fn(*mut c_int) -> c_int>(b"ncclGetVersion")?(&raw mut number) };
+    Ok(Version::of_number(number as usize, 10_000, 100))
+}
+
 /// libloading's own sentence leaves out what the loader said.
 fn told(error: &libloading::Error) -> String {
     let source = std::error::Error::source(error).map(ToString::to_string);
@@ -309,8 +329,11 @@ mod tests {
             libraries.driver().unwrap_err(),
             libraries.nvrtc().unwrap_err(),
             libraries.cublas_lt().unwrap_err(),
+            libraries.nccl().unwrap_err(),
         ];
-        for (error, file) in errors.iter().zip(["libcuda.so.1", "libnvrtc.so.13", "libcublasLt.so.13"]) {
+        for (error, file) in
+            errors.iter().zip(["libcuda.so.1", "libnvrtc.so.13", "libcublasLt.so.13", "libnccl.so.2"])
+        {
             assert!(matches!(error, LibraryError::NotFound { .. }), "{error:?}");
             let told = error.to_string();
             assert!(told.contains(file) && told.contains(&dir.path().display().to_string()), "{told}");

@@ -2,8 +2,8 @@
 
 use std::rc::Rc;
 
-use cudarc::driver::result::{self, ctx, device, primary_ctx};
-use cudarc::driver::sys::{CUdevice, CUdevice_attribute_enum as Attribute, CUresult};
+use cudarc::driver::result::{self, ctx, device, primary_ctx, stream};
+use cudarc::driver::sys::{CUdevice, CUdevice_attribute_enum as Attribute, CUresult, CUstream};
 use serde::{Deserialize, Serialize};
 
 use super::super::libraries::{Libraries, Version};
@@ -125,6 +125,8 @@ pub struct Context(Rc<Inner>);
 struct Inner {
     device: CUdevice,
     info: DeviceInfo,
+    /// For what is done at once, beside everybody's streams: null until it is there.
+    own: CUstream,
 }
 
 impl Context {
@@ -145,12 +147,14 @@ impl Context {
             }
             _ => failed("cuDevicePrimaryCtxRetain", what(), error),
         })?;
-        let inner = Inner { device, info };
+        let mut inner = Inner { device, info, own: stream::null() };
         if before.is_some_and(|before| before != handle) {
             return Err(CudaError::OtherGpu);
         }
         // SAFETY: retained above.
         unsafe { ctx::set_current(handle) }.map_err(|error| failed("cuCtxSetCurrent", what(), error))?;
+        let own = stream::create(stream::StreamKind::NonBlocking);
+        inner.own = own.map_err(|error| failed("cuStreamCreate", what(), error))?;
         Ok(Self(Rc::new(inner)))
     }
 
@@ -164,6 +168,17 @@ impl Context {
         result::mem_get_info().map_err(|error| failed("cuMemGetInfo", &self.0.info.name, error))
     }
 
+    /// Fills memory with zeros. No other stream is waited for, so that this may happen while one is recorded.
+    pub(super) fn zero(&self, address: u64, n_bytes: usize) -> Result<()> {
+        let own = self.0.own;
+        // SAFETY: the caller has just taken the range; the stream is alive as long as `self`.
+        unsafe {
+            result::memset_d8_async(address, 0, n_bytes, own)
+                .map_err(|error| failed("cuMemsetD8Async", format!("{n_bytes} new bytes"), error))?;
+            stream::synchronize(own).map_err(|error| failed("cuStreamSynchronize", "new memory", error))
+        }
+    }
+
     /// Waits until all that was asked of the GPU is done.
     pub fn synchronize(&self) -> Result<()> {
         ctx::synchronize().map_err(|error| failed("cuCtxSynchronize", &self.0.info.name, error))
@@ -174,6 +189,9 @@ impl Drop for Inner {
     fn drop(&mut self) {
         // SAFETY: no context is a valid choice; nothing that lived in this one is left, as all of it keeps `Inner`.
         unsafe {
+            if !self.own.is_null() {
+                dropped("cuStreamDestroy", stream::destroy(self.own));
+            }
             dropped("cuCtxSetCurrent", ctx::set_current(std::ptr::null_mut()));
             dropped("cuDevicePrimaryCtxRelease", primary_ctx::release(self.device));
         }

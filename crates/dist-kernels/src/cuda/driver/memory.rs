@@ -35,10 +35,7 @@ impl Context {
             _ => failed("cuMemAlloc", what, error),
         })?;
         let memory = DeviceMemory { address, n_bytes, _context: self.clone() };
-        // SAFETY: the range was taken above. The call returns before the GPU is done, and streams do not wait for it.
-        unsafe { result::memset_d8_sync(address, 0, taken) }
-            .map_err(|error| failed("cuMemsetD8", what, error))?;
-        self.synchronize()?;
+        self.zero(address, taken)?;
         Ok(memory)
     }
 

@@ -80,10 +80,15 @@ impl Stream {
         src_at: usize,
         n_bytes: usize,
     ) -> Result<()> {
-        let (to, from) = (dst.range(at, n_bytes), &src.bytes()[src_at..src_at + n_bytes]);
+        self.copy_in_slice(dst, at, &src.bytes()[src_at..src_at + n_bytes])
+    }
+
+    /// The same with bytes of pinned memory.
+    pub(crate) fn copy_in_slice(&self, dst: &DeviceMemory, at: usize, src: &[u8]) -> Result<()> {
+        let to = dst.range(at, src.len());
         // SAFETY: both ranges are there; this crate keeps them until it has waited, as is said above.
-        unsafe { result::memcpy_htod_async(to, from, self.handle) }
-            .map_err(|error| failed("cuMemcpyHtoDAsync", format!("{n_bytes} bytes"), error))
+        unsafe { result::memcpy_htod_async(to, src, self.handle) }
+            .map_err(|error| failed("cuMemcpyHtoDAsync", format!("{} bytes", src.len()), error))
     }
 
     /// Asks for a copy of `n_bytes` of `src` from `src_at` on. Neither may be touched or dropped before it is done.

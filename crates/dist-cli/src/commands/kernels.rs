@@ -1,0 +1,181 @@
+//! `dist-cli kernels`: compiles the kernels of GPUs beforehand, or says which there are.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use dist_kernels::cuda::cache::{Cubin, KernelCache, Origin};
+use dist_kernels::cuda::compile::{Arch, Compiler, Program};
+use dist_kernels::cuda::units::{UNITS, Unit};
+
+use crate::flags::kernels::{BuildArgs, KernelsArgs, KernelsTask};
+use crate::gpu;
+use crate::problem::Problem;
+use crate::render::{self, Console};
+
+/// A unit that was compiled or found.
+pub struct Built {
+    /// What it is of.
+    pub program: Program,
+    /// What came of it, or what the compiler said against it.
+    pub outcome: Result<Cubin, String>,
+    /// How long that took.
+    pub took: Duration,
+}
+
+/// A unit as it is listed.
+pub struct Listed {
+    /// The unit.
+    pub unit: &'static Unit,
+    /// What it is compiled for beforehand, and whether that is stored.
+    pub stored: Vec<(Arch, bool)>,
+}
+
+/// Runs the command.
+pub fn run(args: &KernelsArgs, console: &Console) -> anyhow::Result<()> {
+    match &args.task {
+        KernelsTask::Build(args) => build(args, console),
+        KernelsTask::List(args) => {
+            let cache = gpu::kernel_cache()?;
+            let listed: Vec<_> = UNITS.iter().map(|unit| list(unit, &cache)).collect();
+            let told = if args.json {
+                render::listed_json(&listed, &cache)?
+            } else {
+                render::listed_text(&listed, &cache)
+            };
+            render::result(&told)
+        }
+    }
+}
+
+fn list(unit: &'static Unit, cache: &KernelCache) -> Listed {
+    let stored = unit.archs.iter().map(|&arch| (arch, cache.holds(&unit.program(arch)))).collect();
+    Listed { unit, stored }
+}
+
+fn build(args: &BuildArgs, console: &Console) -> anyhow::Result<()> {
+    let cache = args.out.clone().map_or_else(gpu::kernel_cache, |out| Ok(KernelCache::new(out)))?;
+    let libraries = gpu::libraries();
+    let nvrtc = libraries.nvrtc().map_err(|error| {
+        let help = error.help();
+        Problem::failed("there is no compiler for kernels").because(error).help(help)
+    })?;
+    let mut built = Vec::new();
+    for (unit, arch) in asked(&args.arch) {
+        let (start, program) = (Instant::now(), unit.program(arch));
+        console.note(&format!("{} for {arch}", unit.name));
+        let outcome = cache.get(&program, Ok(nvrtc)).map_err(|error| error.to_string());
+        built.push(Built { program, outcome, took: start.elapsed() });
+    }
+    let version = nvrtc.version();
+    render::result(&if args.json {
+        render::built_json(&built, &cache, version)?
+    } else {
+        render::built_text(&built, &cache, version)
+    })?;
+    match fault(&built) {
+        None => Ok(()),
+        Some(fault) => Err(fault.into()),
+    }
+}
+
+/// What is compiled for the architectures: each unit in the form that such a GPU runs, once.
+fn asked(archs: &[Arch]) -> Vec<(&'static Unit, Arch)> {
+    let all: Vec<Arch> = UNITS.iter().flat_map(|unit| unit.archs.iter().copied()).collect();
+    let archs = if archs.is_empty() { &all } else { archs };
+    let forms = |unit: &Unit| archs.iter().filter_map(|arch| unit.arch_for(arch.capability)).collect();
+    UNITS
+        .iter()
+        .flat_map(|unit| {
+            let forms: BTreeSet<Arch> = forms(unit);
+            forms.into_iter().map(move |arch| (unit, arch))
+        })
+        .collect()
+}
+
+/// What is wrong with what was built; kernels are named.
+fn fault(built: &[Built]) -> Option<Problem> {
+    let mut wrong = Vec::new();
+    for Built { program, outcome, .. } in built {
+        let place = format!("{} for {}", program.unit, program.arch);
+        let cubin = match outcome {
+            Ok(cubin) => cubin,
+            Err(why) => {
+                wrong.push(why.clone());
+                continue;
+            }
+        };
+        if cubin.usages.is_empty() {
+            wrong.push(format!("{place}: the compiler tells of no kernel"));
+        }
+        let spilling = cubin.usages.iter().filter(|usage| usage.spills());
+        wrong.extend(spilling.map(|usage| {
+            let bytes = usage.stack_bytes.max(usage.spill_store_bytes).max(usage.spill_load_bytes);
+            format!("{place}: {} spills: {bytes} bytes of local memory", usage.kernel)
+        }));
+        wrong.extend(cubin.warnings.iter().map(|warning| format!("{place}: {warning}")));
+        if let Origin::NotStored(why) = &cubin.origin {
+            wrong.push(format!("{place}: not stored: {why}"));
+        }
+    }
+    let n = wrong.len();
+    let problem = || Problem::failed(format!("{n} faults in {} units", built.len()));
+    (n > 0).then(|| problem().because(anyhow::anyhow!("{}", wrong.join("\n"))))
+}
+
+#[cfg(test)]
+mod tests {
+    use dist_kernels::cuda::compile::Usage;
+    use dist_kernels::cuda::libraries::Version;
+
+    use super::*;
+
+    fn built(outcome: Result<Cubin, String>) -> Vec<Built> {
+        vec![Built { program: UNITS[0].program(Arch::SM_80), outcome, took: Duration::ZERO }]
+    }
+
+    fn cubin() -> Cubin {
+        Cubin {
+            bytes: vec![1],
+            usages: vec![Usage { kernel: "whole".to_owned(), registers: 8, ..Usage::default() }],
+            warnings: Vec::new(),
+            compiler: Version { major: 13, minor: 0 },
+            origin: Origin::Compiled("here".into()),
+        }
+    }
+
+    #[test]
+    fn faults_are_found_and_kernels_named() {
+        assert!(fault(&built(Ok(cubin()))).is_none());
+        let spilling = Usage { kernel: "torn".to_owned(), spill_load_bytes: 4, ..Usage::default() };
+        for (outcome, expected) in [
+            (Ok(Cubin { usages: vec![spilling], ..cubin() }), "torn spills: 4 bytes"),
+            (Ok(Cubin { usages: Vec::new(), ..cubin() }), "no kernel"),
+            (Ok(Cubin { warnings: vec!["wgmma is serialized".to_owned()], ..cubin() }), "serialized"),
+            (Ok(Cubin { origin: Origin::NotStored("full".to_owned()), ..cubin() }), "not stored: full"),
+            (Err("line 7".to_owned()), "line 7"),
+        ] {
+            let error = anyhow::Error::from(fault(&built(outcome)).unwrap());
+            assert!(format!("{error:#}").contains(expected), "{error:#}");
+        }
+    }
+
+    #[test]
+    fn an_architecture_means_all_that_such_a_gpu_runs() {
+        let told = |archs: &[&str]| {
+            let archs: Vec<Arch> = archs.iter().map(|arch| arch.parse().unwrap()).collect();
+            let asked = asked(&archs).into_iter();
+            asked.map(|(unit, arch)| format!("{} {arch}", unit.name)).collect::<Vec<_>>()
+        };
+        let ampere = told(&["sm_80"]);
+        assert!(
+            ampere.contains(&"norm sm_80".to_owned()) && ampere.iter().all(|line| line.ends_with("sm_80"))
+        );
+        assert_eq!(told(&["sm_86"]), ampere);
+        let hopper = told(&["sm_90a"]);
+        assert!(
+            hopper.contains(&"linear_hopper sm_90a".to_owned()) && hopper.contains(&"norm sm_90".to_owned())
+        );
+        assert_eq!(told(&[]).len(), ampere.len() + hopper.len());
+        assert_eq!(told(&["sm_90a", "sm_80", "sm_90"]), told(&[]));
+    }
+}

@@ -1,0 +1,205 @@
+//! Weights on their way to the GPU: several threads copy them (out of mapped files, whose pages come in meanwhile) to a
+//! few buffers of pinned memory, and the GPU fetches one buffer while others are filled. There is no second copy of a
+//! weight on the host.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use super::driver::{Context, DeviceMemory, Event, PinnedMemory, Result, Stream};
+
+/// How weights travel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StagingOptions {
+    /// Threads that fill buffers.
+    pub n_readers: usize,
+    /// Bytes of a buffer; there are two for each thread.
+    pub chunk_bytes: usize,
+}
+
+impl StagingOptions {
+    /// For a machine with so many cores: more readers than this are no faster than the bus.
+    pub fn of_cores(n_cores: usize) -> Self {
+        Self { n_readers: n_cores.clamp(1, 12), chunk_bytes: 8 << 20 }
+    }
+}
+
+/// Buffers, and the stream on which they are fetched.
+#[derive(Debug)]
+pub struct Staging {
+    options: StagingOptions,
+    lane: Lane,
+    pinned: PinnedMemory,
+}
+
+/// The GPU's side of the buffers.
+#[derive(Debug)]
+struct Lane {
+    stream: Stream,
+    /// After each buffer's last copy.
+    fetched: Vec<Event>,
+}
+
+impl Staging {
+    /// Takes the buffers.
+    pub fn new(context: &Context, options: StagingOptions) -> Result<Self> {
+        let n_buffers = 2 * options.n_readers;
+        let pinned = context.alloc_pinned("staging of weights", n_buffers * options.chunk_bytes)?;
+        let stream = context.stream()?;
+        let fetched = (0..n_buffers).map(|_| context.event()).collect::<Result<_>>()?;
+        Ok(Self { options, lane: Lane { stream, fetched }, pinned })
+    }
+
+    /// Brings `n_bytes` to the bytes of `dst` from `at` on. `fill(from, buffer)` writes those from `from` on to a buffer;
+    /// several threads call it at once. When this returns all bytes have been read, and the last are still on their way:
+    /// see [`Self::finish`].
+    pub fn load(
+        &mut self,
+        dst: &mut DeviceMemory,
+        at: usize,
+        n_bytes: usize,
+        fill: &(dyn Fn(usize, &mut [u8]) + Sync),
+    ) -> Result<()> {
+        let mut load = Load { lane: &self.lane, dst, at };
+        let buffers = self.pinned.bytes_mut().chunks_mut(self.options.chunk_bytes);
+        carry(buffers.collect(), self.options.n_readers, n_bytes, fill, &mut load)
+    }
+
+    /// Waits until everything has arrived.
+    pub fn finish(&self) -> Result<()> {
+        self.lane.stream.synchronize()
+    }
+}
+
+/// One load's way to the GPU.
+struct Load<'a> {
+    lane: &'a Lane,
+    dst: &'a mut DeviceMemory,
+    at: usize,
+}
+
+impl Sink for Load<'_> {
+    fn fetch(&mut self, buffer: usize, at: usize, bytes: &[u8]) -> Result<()> {
+        self.lane.stream.copy_in_slice(self.dst, self.at + at, bytes)?;
+        self.lane.stream.record(&self.lane.fetched[buffer])
+    }
+
+    fn is_fetched(&mut self, buffer: usize) -> Result<bool> {
+        self.lane.fetched[buffer].is_done()
+    }
+
+    fn wait(&mut self, buffer: usize) -> Result<()> {
+        self.lane.fetched[buffer].synchronize()
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // The buffers go next. An error was told by whoever waited for the weights.
+        let _ = self.finish();
+    }
+}
+
+/// Who takes the bytes of a buffer, later.
+trait Sink {
+    /// Asks for a buffer's bytes to be taken to the place from `at` on.
+    fn fetch(&mut self, buffer: usize, at: usize, bytes: &[u8]) -> Result<()>;
+    /// Whether the bytes that were last asked for have been taken; true if none were.
+    fn is_fetched(&mut self, buffer: usize) -> Result<bool>;
+    /// Waits until they are.
+    fn wait(&mut self, buffer: usize) -> Result<()>;
+}
+
+/// A buffer that is on its way to a reader and back.
+struct Job<'a> {
+    buffer: usize,
+    bytes: &'a mut [u8],
+    at: usize,
+    n_bytes: usize,
+    /// What the reader panicked with.
+    panic: Option<Box<dyn Any + Send>>,
+}
+
+/// Moves `n_bytes` through `buffers` into `sink`.
+fn carry(
+    buffers: Vec<&mut [u8]>,
+    n_readers: usize,
+    n_bytes: usize,
+    fill: &(dyn Fn(usize, &mut [u8]) + Sync),
+    sink: &mut dyn Sink,
+) -> Result<()> {
+    let chunk_bytes = buffers[0].len();
+    // One reader is enough for what fits in one buffer.
+    let n_readers = n_readers.min(n_bytes.div_ceil(chunk_bytes)).max(1);
+    let (jobs, todo) = channel::<Job>();
+    let (filled, done) = channel::<Job>();
+    let todo = Mutex::new(todo);
+    std::thread::scope(|scope| {
+        for _ in 0..n_readers {
+            let (todo, filled) = (&todo, filled.clone());
+            scope.spawn(move || read(todo, &filled, fill));
+        }
+        drop(filled);
+        // Without jobs the readers end, whatever becomes of this.
+        feed(buffers, n_bytes, jobs, &done, sink)
+    })
+}
+
+/// A reader: fills buffers until there are no more jobs.
+fn read<'a>(
+    todo: &Mutex<Receiver<Job<'a>>>,
+    filled: &Sender<Job<'a>>,
+    fill: &(dyn Fn(usize, &mut [u8]) + Sync),
+) {
+    loop {
+        // Nobody panics while it holds the lock.
+        let job = todo.lock().map_or(None, |todo| todo.recv().ok());
+        let Some(mut job) = job else { return };
+        let filling = catch_unwind(AssertUnwindSafe(|| fill(job.at, &mut job.bytes[..job.n_bytes])));
+        job.panic = filling.err();
+        if filled.send(job).is_err() {
+            return;
+        }
+    }
+}
+
+/// Gives free buffers to the readers and full ones to the sink.
+fn feed<'a>(
+    buffers: Vec<&'a mut [u8]>,
+    n_bytes: usize,
+    jobs: Sender<Job<'a>>,
+    done: &Receiver<Job<'a>>,
+    sink: &mut dyn Sink,
+) -> Result<()> {
+    // In the order in which they will be free: those of an earlier load may still be on their way.
+    let mut leaving: VecDeque<(usize, &mut [u8])> = buffers.into_iter().enumerate().collect();
+    let (mut at, mut n_out) = (0, 0);
+    while at < n_bytes || n_out > 0 {
+        while let Some((buffer, _)) = leaving.front().filter(|_| at < n_bytes) {
+            if n_out > 0 && !sink.is_fetched(*buffer)? {
+                break;
+            }
+            sink.wait(*buffer)?;
+            let Some((buffer, bytes)) = leaving.pop_front() else { break };
+            let n_bytes = bytes.len().min(n_bytes - at);
+            // The readers end only when `jobs` is gone.
+            let sent = jobs.send(Job { buffer, bytes, at, n_bytes, panic: None });
+            assert!(sent.is_ok(), "readers wait for jobs");
+            (at, n_out) = (at + n_bytes, n_out + 1);
+        }
+        let Ok(job) = done.recv() else { break };
+        n_out -= 1;
+        if let Some(panic) = job.panic {
+            drop(jobs);
+            resume_unwind(panic);
+        }
+        sink.fetch(job.buffer, job.at, &job.bytes[..job.n_bytes])?;
+        leaving.push_back((job.buffer, job.bytes));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

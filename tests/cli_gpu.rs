@@ -1,0 +1,173 @@
+//! GPUs where there is none: kernels are compiled, kept and judged, and doctor says what a driver lacks. NVIDIA's
+//! libraries are stubs here, whose answers are chosen.
+
+#[path = "support/cli.rs"]
+mod cli;
+#[path = "support/stubs.rs"]
+mod stubs;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use cli::{Ran, program_in};
+use serde_json::Value;
+
+struct Home {
+    dir: tempfile::TempDir,
+}
+
+impl Home {
+    fn new() -> Self {
+        Self { dir: tempfile::tempdir().expect("a folder") }
+    }
+
+    fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Runs with the stubs of this folder, and its cache.
+    fn run(&self, args: &[&str], set: &[(&str, &str)]) -> Ran {
+        let mut command = program_in(self.path(), args);
+        command.env("DIST_CUDA_LIB", self.path()).env("DIST_KERNEL_CACHE", self.path().join("cache"));
+        command.envs(set.iter().copied()).output().expect("dist-cli runs").into()
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        serde_json::from_str(&self.run(args, &[]).well()).expect("one JSON object")
+    }
+}
+
+fn entries(dir: &Path) -> Vec<PathBuf> {
+    let mut found: Vec<_> =
+        fs::read_dir(dir).expect("a folder").filter_map(|entry| Some(entry.ok()?.path())).collect();
+    found.sort();
+    found
+}
+
+fn strings<'a>(units: &'a Value, field: &str) -> Vec<&'a str> {
+    units.as_array().into_iter().flatten().filter_map(|unit| unit[field].as_str()).collect()
+}
+
+#[test]
+fn kernels_are_built_once_and_listed() {
+    let home = Home::new();
+    stubs::nvrtc(home.path());
+    let first = home.json(&["kernels", "build", "--json"]);
+    assert_eq!(first["nvrtc"], "13.0");
+    let units = &first["units"];
+    let n = units.as_array().unwrap().len();
+    assert!(strings(units, "origin").iter().all(|origin| *origin == "compiled"), "{units}");
+    assert_eq!(
+        (units[0]["kernels"][0]["registers"].as_u64(), units[0]["kernels"][0]["shared_bytes"].as_u64()),
+        (Some(40), Some(256))
+    );
+    assert_eq!(entries(&home.path().join("cache")).len(), n);
+    let again = home.json(&["kernels", "build", "--json"]);
+    assert!(strings(&again["units"], "origin").iter().all(|origin| *origin == "from the cache"));
+    let listed = home.json(&["kernels", "list", "--json"]);
+    let stored =
+        listed["units"].as_array().unwrap().iter().flat_map(|unit| unit["archs"].as_array().unwrap());
+    let stored: Vec<_> = stored.map(|arch| arch["is_stored"] == true).collect();
+    assert_eq!(stored, vec![true; n]);
+    let told = home.run(&["kernels", "list"], &[("DIST_KERNEL_CACHE", "elsewhere")]).well();
+    assert!(told.contains("norm.cu") && told.contains("sm_90a") && !told.contains(" yes "), "{told}");
+}
+
+#[test]
+fn a_damaged_kernel_is_built_anew() {
+    let home = Home::new();
+    stubs::nvrtc(home.path());
+    home.run(&["kernels", "build", "--arch", "sm_80", "-q"], &[]).well();
+    let all = entries(&home.path().join("cache"));
+    let sound = fs::read(&all[0]).unwrap();
+    fs::write(&all[0], &sound[..sound.len() - 1]).unwrap();
+    let ran = home.run(&["kernels", "build", "--arch", "sm_80", "--json"], &[]);
+    assert!(ran.err.contains("is damaged"), "{}", ran.err);
+    let report: Value = serde_json::from_str(&ran.well()).unwrap();
+    let compiled = strings(&report["units"], "origin").iter().filter(|origin| **origin == "compiled").count();
+    assert_eq!((compiled, fs::read(&all[0]).unwrap()), (1, sound));
+}
+
+#[test]
+fn what_spills_or_does_not_compile_fails_by_name() {
+    let home = Home::new();
+    stubs::nvrtc(home.path());
+    for (variable, told) in [
+        ("STUB_SPILLS", "norm for sm_80: norm_kernel spills: 8 bytes"),
+        ("STUB_ERROR", "norm.cu(7): error: no such thing"),
+    ] {
+        let ran =
+            home.run(&["kernels", "build", "--arch", "sm_80", "--out", variable], &[(variable, "norm")]);
+        assert_eq!(ran.code, Some(1), "{}", ran.err);
+        assert!(ran.err.contains(told), "{}", ran.err);
+        assert!(ran.out.contains("rows"), "the others are built: {}", ran.out);
+    }
+    // What spills was kept, and fails again.
+    let again = home.run(&["kernels", "build", "--arch", "sm_80", "--out", "STUB_SPILLS", "--json"], &[]);
+    assert!(again.code == Some(1) && again.err.contains("norm_kernel spills"), "{}", again.err);
+    fs::write(home.path().join("file"), "").unwrap();
+    let ran = home.run(&["kernels", "build", "--out", "file"], &[]);
+    assert!(ran.code == Some(1) && ran.err.contains("not stored"), "{}", ran.err);
+}
+
+#[test]
+fn an_architecture_that_is_none_is_refused() {
+    for arch in ["sm_75", "90", "sm_80,,sm_90"] {
+        let ran = Home::new().run(&["kernels", "build", "--arch", arch], &[]);
+        assert_eq!((ran.code, ran.out.as_str()), (Some(2), ""), "{arch}: {}", ran.err);
+        assert!(ran.err.contains("sm_80, sm_90 or sm_90a"), "{}", ran.err);
+    }
+}
+
+#[test]
+fn a_compiler_that_is_none_is_named() {
+    let home = Home::new();
+    fs::write(home.path().join("libnvrtc.so.13"), "no library").unwrap();
+    let report = home.json(&["doctor", "--json"]);
+    let nvrtc = &report["ranks"][0]["machine"]["gpu"]["libraries"][1];
+    assert_eq!(nvrtc["name"], "NVRTC");
+    if nvrtc["version"].is_string() {
+        // The loader of this machine knows a real one, which is taken then.
+        return;
+    }
+    assert!(nvrtc["problem"]["what"].as_str().unwrap().contains("libnvrtc.so.13 cannot be used"), "{nvrtc}");
+    let ran = home.run(&["kernels", "build"], &[]);
+    assert!(
+        ran.code == Some(1) && ran.err.contains("no compiler") && ran.err.contains("libnvrtc.so.13"),
+        "{}",
+        ran.err
+    );
+}
+
+/// What doctor says of the driver whose answers these are; `None` where the loader knows a real one.
+fn driver_told(version: &str, status: &str) -> Option<(String, Vec<String>)> {
+    let home = Home::new();
+    stubs::driver(home.path());
+    let without = Home::new().json(&["doctor", "--json"]);
+    if without["ranks"][0]["machine"]["gpu"]["libraries"][0]["version"].is_string() {
+        return None;
+    }
+    let ran = home.run(&["doctor", "--json"], &[("STUB_VERSION", version), ("STUB_STATUS", status)]);
+    let report: Value = serde_json::from_str(&ran.well()).expect("one JSON object");
+    let problem = &report["ranks"][0]["machine"]["gpu"]["problem"];
+    let told = format!("{} / {}", problem["what"], problem["help"]);
+    let findings = report["findings"].as_array().into_iter().flatten();
+    Some((told, findings.map(|finding| finding["what"].to_string()).collect()))
+}
+
+#[test]
+fn a_driver_that_cannot_be_used_is_told_and_nothing_panics() {
+    for (version, status, expected) in [
+        ("11040", "0", ["knows CUDA 11.4", "driver 580"]),
+        ("13000", "100", ["it sees no GPU", "nvidia-smi"]),
+        (
+            "13000",
+            "803",
+            ["cuInit failed for this machine: CUDA_ERROR_OF_THE_STUB (the stub says so)", "restart"],
+        ),
+    ] {
+        let Some((told, findings)) = driver_told(version, status) else { return };
+        assert!(expected.iter().all(|part| told.contains(part)), "{told}");
+        assert!(findings.iter().any(|finding| finding.contains(expected[0])), "{findings:?}");
+    }
+}
