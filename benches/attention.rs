@@ -118,6 +118,7 @@ fn bench(c: &mut Criterion, backend: &mut CpuBackend, pool: &HostBytes, case: Ca
                     seqs: Ragged {
                         n_seqs: batch,
                         rows: batch * rows,
+                        max_rows: rows,
                         q_offsets: &q_offsets,
                         context_lens: &context_lens,
                         block_tables: &block_tables,

@@ -138,6 +138,8 @@ pub struct Ragged<'a, B: Backend> {
     pub n_seqs: usize,
     /// Rows of the step.
     pub rows: usize,
+    /// Rows of the sequence that has most; 1 where all decode.
+    pub max_rows: usize,
     /// First row of each sequence, u32 `[n_seqs + 1]`.
     pub q_offsets: &'a B::Buf,
     /// Tokens of each sequence in the cache including this step's, u32 `[n_seqs]`.

@@ -294,6 +294,7 @@ impl<B: Backend> Decoder<B> {
             seqs: Ragged {
                 n_seqs: ctx.step.n_seqs,
                 rows,
+                max_rows: ctx.step.max_rows,
                 q_offsets: &ws.q_offsets,
                 context_lens: &ws.context_lens,
                 block_tables: &ws.block_tables,

@@ -1,7 +1,7 @@
 //! Writes checkpoints of our own: one directory that knows no degree, or a directory a rank. The source is read once,
 //! in pieces, whatever its size; nothing is seen at the target before all of it is there.
 
-mod cast;
+pub(crate) mod cast;
 mod copy;
 mod error;
 pub mod probe;

@@ -17,6 +17,8 @@ pub(crate) struct StepShape {
     pub(crate) number: u64,
     /// Rows.
     pub(crate) rows: usize,
+    /// Rows of the sequence that has most.
+    pub(crate) max_rows: usize,
     /// Sequences.
     pub(crate) n_seqs: usize,
     /// Width of the block tables.
@@ -31,6 +33,7 @@ impl StepShape {
         Self {
             number: batch.step,
             rows: batch.rows(),
+            max_rows: batch.q_offsets.windows(2).map(|pair| (pair[1] - pair[0]) as usize).max().unwrap_or(0),
             n_seqs: batch.n_seqs(),
             max_blocks: batch.max_blocks as usize,
             n_logits: batch.samples.len(),

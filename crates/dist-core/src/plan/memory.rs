@@ -12,7 +12,7 @@ pub const MAX_TOP: usize = 64;
 /// Bytes of one rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryBreakdown {
-    /// Its parts of the weights; vectors (biases, norms) are kept in `f32`.
+    /// Its parts of the weights; vectors (biases, norms) are kept in the type of the activations.
     pub weights: u64,
     /// Its part of the KV cache.
     pub kv: u64,
@@ -31,7 +31,7 @@ impl MemoryBreakdown {
 /// What `rank` takes under `plan`.
 pub(super) fn of(plan: &Plan, rank: Rank) -> MemoryBreakdown {
     let Coord { tp, pp: stage, .. } = plan.mesh.coord(rank);
-    let bytes = WeightBytes::of(&plan.model, plan.mesh.tp, tp);
+    let bytes = WeightBytes::of(&plan.model, plan.mesh.tp, tp, plan.act_dtype);
     MemoryBreakdown {
         weights: bytes.beside_layers(stage, plan.mesh.pp) + plan.layers(stage).len() as u64 * bytes.layer,
         kv: plan.kv.n_blocks as u64 * plan.kv_layout(rank).bytes_per_block() as u64,
@@ -50,12 +50,12 @@ pub(crate) struct WeightBytes {
 }
 
 impl WeightBytes {
-    pub(crate) fn of(model: &ModelConfig, tp: usize, tp_rank: usize) -> Self {
+    pub(crate) fn of(model: &ModelConfig, tp: usize, tp_rank: usize, vectors: DType) -> Self {
         let one_layer = ModelConfig { n_layers: 1, windows: vec![None], ..model.clone() };
         let mut bytes = Self { embed: 0, layer: 0, head: 0, tied: 0 };
         for spec in decoder_specs(&one_layer) {
             let shape = spec.local_shape(tp, tp_rank);
-            let dtype = if shape.len() == 1 { DType::F32 } else { spec.dtype };
+            let dtype = if shape.len() == 1 { vectors } else { spec.dtype };
             let n = shape.iter().product::<usize>() as u64 * dtype.bytes() as u64;
             match spec.owner {
                 Owner::Embed => bytes.embed += n,

@@ -145,7 +145,7 @@ fn memory_of_one_rank_is_what_the_shapes_say() {
     let whole = Plan { mesh: Mesh::SOLO, stages: vec![12], ..plan() };
     let memory = whole.memory(Rank(0));
     let matrices = 12 * 12 * 768 * 768 + (50257 + 2048) * 768;
-    assert_eq!(memory.weights, 2 * matrices + 4 * (12 * 13 * 768 + 2 * 768));
+    assert_eq!(memory.weights, 2 * (matrices + 12 * 13 * 768 + 2 * 768));
     assert_eq!(memory.kv, 128 * 16 * 2 * 12 * 768 * 2);
     // The residual stream, its norm and the delta, q k v, heads and feed-forward rows in bf16.
     assert!(memory.workspace > 512 * 2 * (3 + 3 + 1 + 4) * 768);

@@ -47,7 +47,7 @@ impl Request<'_> {
 
     /// Even in the share of memory that is taken.
     pub(super) fn stages_by_memory(&self, mesh: Mesh) -> Vec<usize> {
-        let bytes = WeightBytes::of(self.model, mesh.tp, 0);
+        let bytes = WeightBytes::of(self.model, mesh.tp, 0, self.options.act_dtype);
         let kv = KvLayout {
             n_layers_local: 1,
             n_kv_heads_local: heads_local(self.model, mesh.tp, 0).1,

@@ -76,6 +76,8 @@ impl<B: Backend> LinearArgs<'_, B> {
 impl<B: Backend> Ragged<'_, B> {
     /// Panics unless all shapes fit.
     pub fn check(&self) {
+        let most = self.max_rows * self.n_seqs;
+        assert!(self.max_rows <= self.rows && most >= self.rows, "{} rows a sequence at most", self.max_rows);
         expect("q_offsets [n_seqs + 1]", self.q_offsets, DType::U32, self.n_seqs + 1);
         expect("context_lens [n_seqs]", self.context_lens, DType::U32, self.n_seqs);
         expect(

@@ -131,6 +131,7 @@ pub(crate) fn attend(backend: &mut CpuBackend, heads: Heads, blocks: Blocks, seq
             seqs: Ragged {
                 n_seqs: seqs.len(),
                 rows,
+                max_rows: seqs.iter().map(|seq| seq.rows).max().unwrap_or(0),
                 q_offsets: &words(&q_offsets),
                 context_lens: &words(&context_lens),
                 block_tables: &words(&tables),

@@ -9,6 +9,7 @@ use dist_kernels::{Backend, KernelError};
 
 use super::{Block, Decoder, Head, NormWeights, Projection, Shape, Tables};
 use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::export::cast::cast;
 
 /// Why a decoder could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +20,16 @@ pub enum LoadError {
     /// The device.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// A vector whose values the type of the activations does not hold.
+    #[error("{name} holds {value}, which {dtype} cannot hold")]
+    Range {
+        /// The vector.
+        name: String,
+        /// Its first such value.
+        value: f32,
+        /// The type.
+        dtype: DType,
+    },
     /// Whoever was told of the progress did not want more.
     #[error("loading was broken off after {done_bytes} of {total_bytes} bytes")]
     BrokenOff {
@@ -49,6 +60,7 @@ struct Loader<'a, B: Backend> {
     specs: Vec<TensorSpec>,
     tp: usize,
     tp_rank: usize,
+    vectors: DType,
     progress: OnProgress<'a>,
     state: LoadProgress,
 }
@@ -104,12 +116,15 @@ impl<B: Backend> Loader<'_, B> {
         Ok(self.weight(name)?.expect("decoder_specs lists every weight that a block always has"))
     }
 
-    /// A vector, kept in f32.
+    /// A vector, kept in the type of the activations.
     fn vector(&mut self, name: &str) -> Result<Option<B::Buf>, LoadError> {
         let Some(spec) = self.spec(name) else { return Ok(None) };
         let values = self.checkpoint.vector(&spec, self.tp, self.tp_rank)?;
-        let mut buf = self.backend.alloc(name, DType::F32, values.len())?;
-        self.backend.upload(&mut buf, 0, bytemuck::cast_slice(&values))?;
+        let (dtype, mut bytes) = (self.vectors, Vec::new());
+        cast(bytemuck::cast_slice(&values), DType::F32, dtype, &mut bytes)
+            .map_err(|value| LoadError::Range { name: name.to_owned(), value, dtype })?;
+        let mut buf = self.backend.alloc(name, dtype, values.len())?;
+        self.backend.upload(&mut buf, 0, &bytes)?;
         self.advance(values.len() * spec.dtype.bytes())?;
         Ok(Some(buf))
     }
@@ -173,7 +188,7 @@ impl<B: Backend> Decoder<B> {
         let total_bytes = specs.iter().map(local).sum();
         let state = LoadProgress { done_bytes: 0, total_bytes };
         let (is_first, is_last) = (stage == 0, stage + 1 == plan.mesh.pp);
-        let mut loader = Loader { backend, checkpoint, specs, tp, tp_rank, progress, state };
+        let mut loader = Loader { backend, checkpoint, specs, tp, tp_rank, vectors: plan.act_dtype, progress, state };
         let tokens = loader.token_table(is_first)?;
         let tables = if is_first { Some(loader.tables()?) } else { None };
         let blocks = plan.layers(stage).map(|layer| loader.block(config, layer)).collect::<Result<_, _>>()?;

@@ -4,7 +4,7 @@ use dist_core::DType;
 use half::{bf16, f16};
 
 /// Appends `bytes`, of type `from`, as `to`; the first finite value that `to` cannot hold is an error.
-pub(super) fn cast(bytes: &[u8], from: DType, to: DType, out: &mut Vec<u8>) -> Result<(), f32> {
+pub(crate) fn cast(bytes: &[u8], from: DType, to: DType, out: &mut Vec<u8>) -> Result<(), f32> {
     match from {
         DType::F16 => encode(pairs(bytes).map(|b| f16::from_le_bytes(b).to_f32()), to, out),
         DType::BF16 => encode(pairs(bytes).map(|b| bf16::from_le_bytes(b).to_f32()), to, out),
