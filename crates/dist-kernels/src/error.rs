@@ -43,7 +43,7 @@ pub enum KernelError {
     Threads(#[from] std::io::Error),
     /// The GPU, its driver or its libraries.
     #[error(transparent)]
-    Cuda(#[from] CudaError),
+    Cuda(CudaError),
     /// The backend has no such facility.
     #[error("the {backend} backend cannot {what}")]
     Unsupported {
@@ -52,6 +52,15 @@ pub enum KernelError {
         /// What was asked.
         what: &'static str,
     },
+}
+
+impl From<CudaError> for KernelError {
+    fn from(error: CudaError) -> Self {
+        match error {
+            CudaError::OutOfMemory { what, needed, free } => Self::OutOfMemory { what, needed, available: free },
+            other => Self::Cuda(other),
+        }
+    }
 }
 
 /// Result of every backend method.

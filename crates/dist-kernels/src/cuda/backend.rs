@@ -1,0 +1,265 @@
+//! The GPU behind the [`Backend`] trait: options, memory, and each step handed to its kernel.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use dist_core::DType;
+use dist_core::raw::{PeerHandle, PeerWindow, RawBuf};
+
+use super::buf::CudaBuf;
+use super::cache::KernelCache;
+use super::driver::{Context, DeviceInfo, DeviceMemory, Driver, Graph, Stream};
+use super::libraries::Libraries;
+use super::loaded::Kernels;
+use super::sample::PackedRows;
+use super::staging::Staging;
+use super::weight::{copy_rows, row_elements};
+use crate::args::{
+    AddBiasArgs, AddBiasNormArgs, AttentionArgs, EmbedArgs, GatherRowsArgs, LinearArgs, LogitsArgs,
+    SampleArgs,
+};
+use crate::backend::Backend;
+use crate::error::{KernelError, Result};
+use crate::weight::{HostWeight, Layout, Weight, WeightPart};
+
+pub(super) const NAME: &str = "cuda";
+/// Half of what the arrays of a step pass through.
+const STEP_STAGING_BYTES: usize = 1 << 20;
+/// Half of what weights pass through.
+const WEIGHT_STAGING_BYTES: usize = 16 << 20;
+
+/// How a [`CudaBackend`] shall run.
+#[derive(Clone, Debug)]
+pub struct CudaOptions {
+    /// NVIDIA's libraries.
+    pub libraries: Arc<Libraries>,
+    /// Where compiled kernels are kept.
+    pub cache: KernelCache,
+    /// The driver's number of the GPU.
+    pub ordinal: usize,
+    /// What weights in `f32` become; without it they are refused, for no kernel takes them.
+    pub cast: Option<DType>,
+    /// Threads that bring weights into pinned memory.
+    pub load_threads: usize,
+}
+
+/// The backend that runs on one NVIDIA GPU. It belongs to the thread that made it.
+#[derive(Debug)]
+pub struct CudaBackend {
+    pub(super) kernels: Kernels,
+    pub(super) stream: Rc<Stream>,
+    pub(super) staging: Staging,
+    weights: Option<Staging>,
+    pub(super) scratch: Scratch,
+    pub(super) packed: PackedRows,
+    cast: Option<DType>,
+    load_threads: usize,
+    pub(super) context: Context,
+}
+
+/// Memory that kernels use between two lines of theirs, grown to the largest that was asked for.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    /// The output of a norm on its way into `linear`.
+    pub(super) normed: Option<DeviceMemory>,
+    /// Parts of contexts, and who of a tile is done.
+    pub(super) attention: Option<DeviceMemory>,
+    pub(super) counters: Option<DeviceMemory>,
+    /// Parts of rows of logits, and who of a row is done.
+    pub(super) sample: Option<DeviceMemory>,
+    pub(super) tickets: Option<DeviceMemory>,
+    /// What a step's rows ask of sampling.
+    pub(super) rows: Option<DeviceMemory>,
+    pub(super) changes: Option<DeviceMemory>,
+}
+
+/// Memory of at least `n_bytes`, zeroed when it is taken; what it held is lost where it grows.
+pub(super) fn grown<'a>(
+    slot: &'a mut Option<DeviceMemory>,
+    context: &Context,
+    what: &str,
+    n_bytes: usize,
+) -> Result<&'a DeviceMemory> {
+    if slot.as_ref().is_none_or(|memory| memory.n_bytes() < n_bytes) {
+        // What is there goes first, so that both need not fit.
+        *slot = None;
+        *slot = Some(context.alloc(what, n_bytes)?);
+    }
+    Ok(slot.as_ref().expect("filled above"))
+}
+
+impl CudaBackend {
+    /// Opens the driver and takes a GPU for this thread.
+    pub fn new(options: CudaOptions) -> Result<Self> {
+        let CudaOptions { libraries, cache, ordinal, cast, load_threads } = options;
+        if let Some(dtype) = cast.filter(|&dtype| !is_native(dtype)) {
+            return Err(KernelError::WeightType { backend: NAME, dtype });
+        }
+        let driver = Driver::open(&libraries)?;
+        let context = Context::new(&driver, ordinal)?;
+        let stream = Rc::new(context.stream()?);
+        let staging = Staging::new(&context, "inputs of a step", STEP_STAGING_BYTES)?;
+        let kernels = Kernels::new(context.clone(), libraries, cache);
+        let (scratch, packed) = (Scratch::default(), PackedRows::default());
+        let load_threads = load_threads.max(1);
+        Ok(Self { kernels, stream, staging, weights: None, scratch, packed, cast, load_threads, context })
+    }
+
+    /// The GPU that it runs on.
+    pub fn describe(&self) -> &DeviceInfo {
+        self.context.info()
+    }
+
+    /// Bytes of the GPU's memory that are free, and all.
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        Ok(self.context.memory()?)
+    }
+
+    /// The type that weights of `stored` have on the GPU.
+    fn weight_type(&self, stored: DType) -> Result<DType> {
+        if is_native(stored) {
+            return Ok(stored);
+        }
+        let cast = self.cast.filter(|_| stored == DType::F32);
+        cast.ok_or(KernelError::WeightType { backend: NAME, dtype: stored })
+    }
+
+    /// Sends a weight's rows piece by piece, each brought together by several threads.
+    fn send_weight(&mut self, weight: &HostWeight, dtype: DType, memory: &DeviceMemory) -> Result<()> {
+        let row_bytes = row_elements(weight.k) * dtype.bytes();
+        let too_small = self.weights.as_ref().is_none_or(|staging| staging.piece_bytes() < row_bytes);
+        if too_small {
+            let n_bytes = WEIGHT_STAGING_BYTES.max(row_bytes);
+            self.weights = Some(Staging::new(&self.context, "weights on their way", n_bytes)?);
+        }
+        let staging = self.weights.as_mut().expect("taken above");
+        let (n, per_piece) = (weight.n(), staging.piece_bytes() / row_bytes);
+        for first in (0..n).step_by(per_piece) {
+            let rows = first..n.min(first + per_piece);
+            let (n_bytes, per_thread) = (rows.len() * row_bytes, rows.len().div_ceil(self.load_threads));
+            staging.piece(&self.stream, memory, first * row_bytes, n_bytes, |bytes| {
+                std::thread::scope(|scope| {
+                    let starts = rows.clone().step_by(per_thread);
+                    for (start, bytes) in starts.zip(bytes.chunks_mut(per_thread * row_bytes)) {
+                        let rows = start..rows.end.min(start + per_thread);
+                        scope.spawn(move || copy_rows(weight, rows, dtype, bytes));
+                    }
+                });
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether kernels are made for it.
+fn is_native(dtype: DType) -> bool {
+    matches!(dtype, DType::BF16 | DType::F16)
+}
+
+fn unsupported<T>(what: &'static str) -> Result<T> {
+    Err(KernelError::Unsupported { backend: NAME, what })
+}
+
+impl Backend for CudaBackend {
+    type Buf = CudaBuf;
+    type Graph = Graph;
+
+    fn alloc(&mut self, what: &str, dtype: DType, len: usize) -> Result<CudaBuf> {
+        let n_bytes = len.checked_mul(dtype.bytes()).ok_or_else(|| KernelError::OutOfMemory {
+            what: what.to_owned(),
+            needed: usize::MAX,
+            available: self.memory().map_or(0, |(free, _)| free),
+        })?;
+        Ok(CudaBuf { memory: self.context.alloc(what, n_bytes)?, dtype, len })
+    }
+
+    /// One matrix `[n, k]`: the parts are joined, and a weight that lies the other way is turned round once.
+    fn prepare(&mut self, weight: HostWeight) -> Result<Weight<CudaBuf>> {
+        let dtype = self.weight_type(weight.dtype)?;
+        weight.check()?;
+        let (n, k, ld) = (weight.n(), weight.k, row_elements(weight.k));
+        let data = self.alloc("a weight", dtype, n * ld)?;
+        self.send_weight(&weight, dtype, &data.memory)?;
+        Ok(Weight { parts: vec![WeightPart { data, n, ld }], dtype, layout: Layout::Nk, n, k })
+    }
+
+    fn upload(&mut self, dst: &mut CudaBuf, at: usize, src: &[u8]) -> Result<()> {
+        let at = at * dst.dtype.bytes();
+        Ok(self.staging.upload(&self.stream, &dst.memory, at, src)?)
+    }
+
+    fn download(&mut self, src: &CudaBuf, at: usize, dst: &mut [u8]) -> Result<()> {
+        if dst.is_empty() {
+            return Ok(());
+        }
+        Ok(self.stream.download(dst, &src.memory, at * src.dtype.bytes())?)
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        Ok(self.stream.synchronize()?)
+    }
+
+    fn raw<'a>(&mut self, buf: &'a mut CudaBuf, len: usize) -> RawBuf<'a> {
+        let bytes = len * buf.dtype.bytes();
+        assert!(bytes <= buf.memory.n_bytes(), "{bytes} bytes of {}", buf.memory.n_bytes());
+        RawBuf::Device { ptr: buf.address(), bytes, dtype: buf.dtype }
+    }
+
+    fn embed(&mut self, args: EmbedArgs<'_, Self>) -> Result<()> {
+        args.check();
+        self.launch_embed(&args)
+    }
+
+    fn linear(&mut self, args: LinearArgs<'_, Self>) -> Result<()> {
+        args.check();
+        self.launch_linear(args)
+    }
+
+    fn attention(&mut self, args: AttentionArgs<'_, Self>) -> Result<()> {
+        args.check();
+        self.launch_attention(&args)
+    }
+
+    fn add_bias_norm(&mut self, args: AddBiasNormArgs<'_, Self>) -> Result<()> {
+        args.check();
+        self.launch_norm(&args)
+    }
+
+    fn add_bias(&mut self, args: AddBiasArgs<'_, Self>) -> Result<()> {
+        args.check();
+        self.launch_add_bias(&args)
+    }
+
+    fn gather_rows(&mut self, args: GatherRowsArgs<'_, Self>) -> Result<()> {
+        args.check();
+        self.launch_gather(&args)
+    }
+
+    fn logits(&mut self, args: LogitsArgs<'_, Self>) -> Result<()> {
+        args.check();
+        self.launch_logits(&args)
+    }
+
+    fn sample(&mut self, args: SampleArgs<'_, Self>) -> Result<()> {
+        args.check();
+        self.launch_sample(&args)
+    }
+
+    /// Kernels must have run once before: what they need is taken and loaded then, which a recording does not allow.
+    fn capture(&mut self, run: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<Option<Graph>> {
+        let stream = Rc::clone(&self.stream);
+        stream.capture(|| run(self)).map(Some)
+    }
+
+    fn replay(&mut self, graph: &Graph) -> Result<()> {
+        Ok(graph.launch(&self.stream)?)
+    }
+
+    fn share(&mut self, _buf: &CudaBuf) -> Result<PeerHandle> {
+        unsupported("share memory with peers")
+    }
+
+    fn open(&mut self, _me: usize, _handles: &[PeerHandle], _bytes: usize) -> Result<PeerWindow> {
+        unsupported("open the memory of peers")
+    }
+}

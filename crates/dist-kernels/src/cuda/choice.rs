@@ -1,0 +1,160 @@
+//! Which variant of a kernel a shape runs on, and the shape of its launch. A choice depends on the number of rows only by
+//! its bucket, so that a row gives the same bits alone and among others of its bucket.
+
+/// A kernel of `linear` for few rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Streaming {
+    pub(super) unit: &'static str,
+    /// Without its type.
+    pub(super) symbol: &'static str,
+    /// Clusters of blocks, each with its own outputs.
+    pub(super) clusters: usize,
+    /// Blocks of a cluster, which share the inputs.
+    pub(super) cluster: usize,
+    /// Outputs of a cluster, in eights.
+    pub(super) units: usize,
+}
+
+/// A variant: its symbol and the outputs of its pass.
+type Variant = (&'static str, usize);
+
+const EIGHT_ROWS: [Variant; 4] =
+    [("linear_m1n1", 16), ("linear_m2n1u2", 32), ("linear_m3n1u2", 48), ("linear_m4n1s5", 64)];
+const SIXTEEN_ROWS: [Variant; 2] = [("linear_m1n2", 16), ("linear_m2n2u2", 32)];
+const SIXTEEN_ROWS_HOPPER: [Variant; 2] = [("linear_w1n2u2", 64), ("linear_w2n2", 128)];
+const THIRTY_TWO_ROWS: [Variant; 2] = [("linear_w1n4", 64), ("linear_w2n4", 128)];
+const SIXTY_FOUR_ROWS: [Variant; 2] = [("linear_w1n8", 64), ("linear_w2n8u2", 128)];
+
+/// The most rows that the streaming kernels take at once.
+pub(super) fn streaming_rows_max(is_hopper: bool) -> usize {
+    if is_hopper { 64 } else { 16 }
+}
+
+/// The kernel for `rows` rows and `n` outputs on a GPU of `n_sms` multiprocessors.
+pub(super) fn streaming(rows: usize, n: usize, n_sms: usize, is_hopper: bool) -> Streaming {
+    // One block a multiprocessor, and the outputs spread evenly over them.
+    let groups = n.div_ceil(8);
+    let units = groups.div_ceil(n_sms.max(1));
+    let clusters = groups.div_ceil(units);
+    let outputs = units * 8;
+    let (unit, variants): (_, &[Variant]) = match rows {
+        0..=8 => ("linear", &EIGHT_ROWS),
+        9..=16 if is_hopper && outputs > 32 => ("linear_hopper", &SIXTEEN_ROWS_HOPPER),
+        9..=16 => ("linear", &SIXTEEN_ROWS),
+        17..=32 => ("linear_hopper", &THIRTY_TWO_ROWS),
+        _ => ("linear_hopper", &SIXTY_FOUR_ROWS),
+    };
+    // As few passes as possible, and in them as little of a tile unused as possible.
+    let widest = variants[variants.len() - 1].1;
+    let per_pass = units.div_ceil(outputs.div_ceil(widest)) * 8;
+    let fits = variants.iter().find(|variant| variant.1 >= per_pass);
+    let (symbol, _) = *fits.unwrap_or(&variants[variants.len() - 1]);
+    Streaming { unit, symbol, clusters, cluster: 1, units }
+}
+
+/// Head sizes that `attention_decode` is made for, and its entries of a tile.
+const DECODE_HEADS: [usize; 4] = [64, 80, 96, 128];
+const DECODE_ENTRIES: usize = 8;
+/// More parts of a context cost more than they give.
+const SPLITS_MAX: usize = 32;
+
+/// The shape of a launch of `attention_decode`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Decode {
+    /// Parts of a context.
+    pub(super) splits: usize,
+    /// Tiles of a sequence's rows and heads that share a KV head.
+    pub(super) tiles: usize,
+    /// Floats of one tile's part.
+    pub(super) part_floats: usize,
+}
+
+/// What attention is asked for, as far as its launch depends on it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct DecodeShape {
+    pub(super) n_seqs: usize,
+    pub(super) max_rows: usize,
+    pub(super) n_heads: usize,
+    pub(super) n_kv_heads: usize,
+    pub(super) d_head: usize,
+    pub(super) block_size: usize,
+}
+
+/// `None` where the kernel does not take the shape.
+pub(super) fn decode(shape: DecodeShape, n_sms: usize) -> Option<Decode> {
+    if !DECODE_HEADS.contains(&shape.d_head) || !shape.block_size.is_multiple_of(16) {
+        return None;
+    }
+    let group = shape.n_heads / shape.n_kv_heads;
+    let tiles = (shape.max_rows * group).div_ceil(DECODE_ENTRIES);
+    // Buckets of sequences: one more or less of them changes nobody's sums.
+    let blocks = shape.n_seqs.next_power_of_two() * shape.n_kv_heads * tiles;
+    let splits = (2 * n_sms).div_ceil(blocks.max(1)).clamp(1, SPLITS_MAX);
+    Some(Decode { splits, tiles, part_floats: DECODE_ENTRIES * (shape.d_head + 2) })
+}
+
+/// A kernel of `add_bias_norm` without its type, and its threads; `None` for rows that are too long.
+pub(super) fn norm(d: usize) -> Option<(&'static str, u32)> {
+    let (symbol, per_thread) = match d {
+        _ if d.is_multiple_of(8) && d <= 8192 => ("add_bias_norm", 8),
+        _ if d.is_multiple_of(8) && d <= 12288 => ("add_bias_norm_long", 16),
+        _ if d <= 16384 => ("add_bias_norm_odd", 16),
+        _ => return None,
+    };
+    Some((symbol, (d.div_ceil(per_thread).next_multiple_of(32)) as u32))
+}
+
+/// Whether every symbol above is one of its unit's: a name that is mistyped would be found at run time only.
+#[cfg(test)]
+fn has(unit: &str, symbol: &str) -> bool {
+    super::units::Unit::find(unit).is_some_and(|unit| {
+        let made = unit.variants.iter().any(|variant| variant.symbol == symbol);
+        let written = |end: &str| unit.files.iter().any(|file| file.text.contains(&format!("{symbol}_{end}")));
+        made || (written("bf16") && written("f16"))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_choice_is_a_kernel_that_there_is_and_covers_all_outputs() {
+        for is_hopper in [true, false] {
+            for rows in 1..=streaming_rows_max(is_hopper) {
+                for n in [1, 8, 40, 777, 2048, 4096, 12288, 16384, 50257, 50272] {
+                    let choice = streaming(rows, n, 132, is_hopper);
+                    assert!(has(choice.unit, choice.symbol), "{choice:?}");
+                    assert!(choice.clusters * choice.units * 8 >= n && choice.clusters <= 132, "{choice:?}");
+                    assert!((choice.clusters - 1) * choice.units * 8 < n, "{choice:?} has idle blocks for {n}");
+                    assert!(is_hopper || choice.unit == "linear", "{choice:?}");
+                }
+            }
+        }
+        for d_head in DECODE_HEADS {
+            assert!(has("attention_decode", &format!("attention_decode_d{d_head}")));
+        }
+        for d in [64, 8192, 8200, 12288, 12289, 65] {
+            let (symbol, threads) = norm(d).unwrap();
+            assert!(has("norm", symbol) && threads <= 1024, "{d}: {symbol} {threads}");
+        }
+    }
+
+    #[test]
+    fn a_choice_is_one_of_its_bucket() {
+        for bucket in [1..=8, 9..=16, 17..=32, 33..=64] {
+            let first = streaming(*bucket.start(), 4096, 132, true);
+            assert!(bucket.clone().all(|rows| streaming(rows, 4096, 132, true) == first), "{bucket:?}");
+        }
+    }
+
+    #[test]
+    fn a_single_long_sequence_is_split_and_many_are_not() {
+        let shape =
+            DecodeShape { n_seqs: 1, max_rows: 1, n_heads: 32, n_kv_heads: 32, d_head: 128, block_size: 16 };
+        assert_eq!(decode(shape, 132).unwrap().splits, 9);
+        assert_eq!(decode(DecodeShape { n_seqs: 64, ..shape }, 132).unwrap().splits, 1);
+        assert_eq!(decode(DecodeShape { d_head: 24, ..shape }, 132), None);
+        assert_eq!(decode(DecodeShape { block_size: 8, ..shape }, 132), None);
+    }
+}

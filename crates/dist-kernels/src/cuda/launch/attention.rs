@@ -1,0 +1,108 @@
+//! `attention`: the kernel for few rows a sequence, or the one for any shape.
+
+use super::{expect_type, suffix, unsupported};
+use crate::args::AttentionArgs;
+use crate::cuda::args::{AttentionAnyParams, AttentionParams};
+use crate::cuda::backend::{CudaBackend, grown};
+use crate::cuda::choice::{self, Decode, DecodeShape};
+use crate::error::Result;
+
+/// Warps of a block of `attention_any`, a head each.
+const ANY_WARPS: usize = 4;
+/// The widest head that `attention_any` takes.
+const ANY_HEAD_MAX: usize = 256;
+
+fn window_of(args: &AttentionArgs<'_, CudaBackend>) -> i32 {
+    args.window.map_or(i32::MAX, |window| window.min(i32::MAX as usize) as i32)
+}
+
+fn qkv_width(args: &AttentionArgs<'_, CudaBackend>) -> i32 {
+    ((args.n_heads_local + 2 * args.layout.n_kv_heads_local) * args.layout.d_head) as i32
+}
+
+impl CudaBackend {
+    pub(in crate::cuda) fn launch_attention(&mut self, args: &AttentionArgs<'_, Self>) -> Result<()> {
+        let dtype = args.qkv.dtype;
+        expect_type("attention: out", args.out.dtype, dtype);
+        expect_type("attention: cache", args.layout.dtype, dtype);
+        if args.seqs.rows == 0 {
+            return Ok(());
+        }
+        let shape = DecodeShape {
+            n_seqs: args.seqs.n_seqs,
+            max_rows: args.seqs.max_rows,
+            n_heads: args.n_heads_local,
+            n_kv_heads: args.layout.n_kv_heads_local,
+            d_head: args.layout.d_head,
+            block_size: args.layout.block_size,
+        };
+        match choice::decode(shape, self.context.info().n_sms) {
+            Some(decode) => self.attention_decode(args, decode),
+            None => self.attention_any(args),
+        }
+    }
+
+    fn attention_decode(&mut self, args: &AttentionArgs<'_, Self>, decode: Decode) -> Result<()> {
+        let Decode { splits, tiles, part_floats } = decode;
+        let (n_seqs, n_kv_heads) = (args.seqs.n_seqs, args.layout.n_kv_heads_local);
+        let all_tiles = n_seqs * n_kv_heads * tiles;
+        let (mut partials, mut counters) = (0, 0);
+        if splits > 1 {
+            let (scratch, context, what) = (&mut self.scratch, &self.context, "parts of attention");
+            let n_bytes = all_tiles * splits * part_floats * 4;
+            partials = grown(&mut scratch.attention, context, what, n_bytes)?.address();
+            counters = grown(&mut scratch.counters, context, what, all_tiles * 4)?.address();
+        }
+        let params = AttentionParams {
+            out: args.out.address(),
+            qkv: args.qkv.address(),
+            k: args.kv.k.address(),
+            v: args.kv.v.address(),
+            q_offsets: args.seqs.q_offsets.address(),
+            context_lens: args.seqs.context_lens.address(),
+            block_tables: args.seqs.block_tables.address(),
+            max_blocks: args.seqs.max_blocks as i32,
+            ld_qkv: qkv_width(args),
+            n_heads: args.n_heads_local as i32,
+            n_kv_heads: n_kv_heads as i32,
+            block_size: args.layout.block_size as i32,
+            window: window_of(args),
+            scale: args.scale,
+            padding: 0,
+            partials,
+            counters,
+        };
+        let symbol = format!("attention_decode_d{}_{}", args.layout.d_head, suffix(args.qkv.dtype));
+        let threads = self.kernels.get("attention_decode", &symbol)?.threads;
+        let grid = [splits as u32, (n_kv_heads * tiles) as u32, n_seqs as u32];
+        self.start(("attention_decode", &symbol), grid, threads, &params)
+    }
+
+    fn attention_any(&mut self, args: &AttentionArgs<'_, Self>) -> Result<()> {
+        if args.layout.d_head > ANY_HEAD_MAX {
+            return unsupported("attend with heads of more than 256 elements");
+        }
+        let params = AttentionAnyParams {
+            out: args.out.address(),
+            qkv: args.qkv.address(),
+            k: args.kv.k.address(),
+            v: args.kv.v.address(),
+            q_offsets: args.seqs.q_offsets.address(),
+            context_lens: args.seqs.context_lens.address(),
+            block_tables: args.seqs.block_tables.address(),
+            n_seqs: args.seqs.n_seqs as i32,
+            max_blocks: args.seqs.max_blocks as i32,
+            ld_qkv: qkv_width(args),
+            n_heads: args.n_heads_local as i32,
+            n_kv_heads: args.layout.n_kv_heads_local as i32,
+            d_head: args.layout.d_head as i32,
+            block_size: args.layout.block_size as i32,
+            window: window_of(args),
+            scale: args.scale,
+            padding: 0,
+        };
+        let grid = [args.seqs.rows as u32, args.n_heads_local.div_ceil(ANY_WARPS) as u32, 1];
+        let symbol = format!("attention_any_{}", suffix(args.qkv.dtype));
+        self.start(("attention_any", &symbol), grid, 32 * ANY_WARPS as u32, &params)
+    }
+}

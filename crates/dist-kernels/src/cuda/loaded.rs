@@ -1,0 +1,68 @@
+//! The kernels of a GPU: each unit is read from the cache or compiled, and loaded, when the first of its kernels is
+//! asked for.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::cache::KernelCache;
+use super::compile::{CompileError, Compiler};
+use super::driver::{Context, Function, Module, Result};
+use super::libraries::Libraries;
+use super::units::Unit;
+
+/// A kernel that is ready.
+#[derive(Debug)]
+pub(super) struct Kernel {
+    pub(super) function: Function,
+    /// Threads of a block, if its unit says so.
+    pub(super) threads: u32,
+}
+
+/// All kernels that were asked for so far.
+#[derive(Debug)]
+pub(super) struct Kernels {
+    context: Context,
+    libraries: Arc<Libraries>,
+    cache: KernelCache,
+    modules: HashMap<&'static str, Module>,
+    kernels: HashMap<String, Rc<Kernel>>,
+}
+
+impl Kernels {
+    pub(super) fn new(context: Context, libraries: Arc<Libraries>, cache: KernelCache) -> Self {
+        Self { context, libraries, cache, modules: HashMap::new(), kernels: HashMap::new() }
+    }
+
+    /// The kernel `symbol` of `unit`.
+    pub(super) fn get(&mut self, unit: &'static str, symbol: &str) -> Result<Rc<Kernel>> {
+        if let Some(kernel) = self.kernels.get(symbol) {
+            return Ok(Rc::clone(kernel));
+        }
+        let module = self.module(unit)?;
+        let threads = module.integer(&format!("{symbol}_threads"))?.unwrap_or(0) as u32;
+        let kernel = Rc::new(Kernel { function: module.function(symbol)?, threads });
+        self.kernels.insert(symbol.to_owned(), Rc::clone(&kernel));
+        Ok(kernel)
+    }
+
+    fn module(&mut self, name: &'static str) -> Result<Module> {
+        if let Some(module) = self.modules.get(name) {
+            return Ok(module.clone());
+        }
+        let unit = Unit::find(name).expect("units are asked for by their names");
+        let capability = self.context.info().capability;
+        let arch = unit.arch_for(capability).ok_or_else(|| CompileError::NoCompiler {
+            unit: name.to_owned(),
+            arch: format!("compute capability {}.{}", capability.0, capability.1),
+            why: "the unit is for other GPUs".to_owned(),
+        })?;
+        let cubin = match self.libraries.nvrtc() {
+            Ok(nvrtc) => self.cache.get(&unit.program(arch), Ok(nvrtc as &dyn Compiler)),
+            Err(why) => self.cache.get(&unit.program(arch), Err(&why)),
+        }?;
+        let module = self.context.module(name, &cubin.bytes)?;
+        self.modules.insert(name, module.clone());
+        Ok(module)
+    }
+}
