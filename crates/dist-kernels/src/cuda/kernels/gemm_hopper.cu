@@ -52,6 +52,27 @@ DEVICE void copy_box_to(u32 to, const TensorMap* map, int x, int y, u32 barrier,
         : "memory");
 }
 
+// Barriers of the ring. What they order is the copy engine's and the tensor cores' work, so nothing is flushed for a
+// cluster's sake: at cluster scope each would cost a fence of all memory or the first cache.
+DEVICE void slot_wait(u32 barrier, int parity) {
+    asm volatile(
+        "{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra AGAIN; }" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+DEVICE void slot_release_at(u32 barrier, u32 rank) {
+    asm volatile(
+        "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
+        " mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+// A barrier of the cluster that makes no writes visible.
+DEVICE void cluster_meet() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+}
+DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
 #define WGMMA(n, type, regs, a, b, p, ...)                                                                     \
     asm volatile("{ .reg .pred add; setp.ne.b32 add, %" p ", 0;"                                               \
                  " wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" regs "}, %" a ", %" b    \
@@ -162,13 +183,16 @@ DEVICE void gemm_fill(const GemmArgs& args, const GemmPlace& place, const Tensor
     // The weight of the first stages before the wait for the kernel before, whose work it does not depend on.
     int2 corner = corner_of<Sh>(args, place, place.cluster);
     int ahead = min_of(Sh::S, place.stages);
+#pragma unroll 1
     for (int stage = 0; stage < ahead; stage++) ask_weight(corner, stage, stage);
     wait_for_previous();
+#pragma unroll 1
     for (int stage = 0; stage < ahead; stage++) ask_x(corner, stage, stage);
     int slot = ahead == Sh::S ? 0 : ahead, parity = ahead == Sh::S ? 0 : 1;
     for (int tile = place.cluster, stage = ahead;;) {
+#pragma unroll 1
         for (; stage < place.stages; stage++) {
-            barrier_wait(empty + slot * 8, parity);
+            slot_wait(empty + slot * 8, parity);
             ask_weight(corner, stage, slot);
             ask_x(corner, stage, slot);
             if (++slot == Sh::S) slot = 0, parity ^= 1;
@@ -297,7 +321,7 @@ DEVICE void gemm_multiply(const GemmArgs& args, const GemmPlace& place, u8* shar
         if (hears == 1) {
             if (lane == 0) barrier_arrive(empty + slot * 8);
         } else if (lane < hears) {
-            barrier_arrive_at(empty + slot * 8, peer);
+            slot_release_at(empty + slot * 8, peer);
         }
     };
     float sums[Sh::MI][Sh::BN / 2];
@@ -308,7 +332,7 @@ DEVICE void gemm_multiply(const GemmArgs& args, const GemmPlace& place, u8* shar
         for (int m = 0; m < Sh::MI; m++) hold(sums[m]);
 #pragma unroll 1
         for (int stage = 0; stage < place.stages; stage++) {
-            barrier_wait(full + slot * 8, parity);
+            slot_wait(full + slot * 8, parity);
             u32 x = ring + slot * Sh::STAGE + group * (Sh::MI * 8192), weight = ring + slot * Sh::STAGE + Sh::A_BYTES;
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -362,6 +386,10 @@ DEVICE void gemm(const GemmArgs& args, const TensorMap* x_map, const TensorMap* 
     u32 full = shared_address(shared + Sh::BARRIERS), empty = full + Sh::S * 8;
     int size = args.rows_of_cluster * args.columns_of_cluster * args.splits;
     let_next_start();
+    if (threadIdx.x == 256) {
+        prefetch_map(x_map);
+        prefetch_map(weight_map);
+    }
     if (threadIdx.x == 0) {
         for (int i = 0; i < Sh::S; i++) {
             barrier_init(full + i * 8, 1);
@@ -371,10 +399,7 @@ DEVICE void gemm(const GemmArgs& args, const TensorMap* x_map, const TensorMap* 
     }
     GemmPlace place = gemm_place<Sh>(args);
     __syncthreads();
-    if (size > 1) {
-        cluster_arrive();
-        cluster_wait();
-    }
+    if (size > 1) cluster_meet();
     if (threadIdx.x >= 256) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == 256) gemm_fill<Sh>(args, place, x_map, weight_map, shared_address(shared), full, empty);
@@ -390,10 +415,7 @@ DEVICE void gemm(const GemmArgs& args, const TensorMap* x_map, const TensorMap* 
         __syncwarp();
     }
     // Others may still write to this block's barriers or read its sums.
-    if (size > 1) {
-        cluster_arrive();
-        cluster_wait();
-    }
+    if (size > 1) cluster_meet();
 }
 
 #define GEMM(name, T, ...)                                                                             \
