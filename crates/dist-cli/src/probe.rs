@@ -7,7 +7,7 @@ use dist_models::manifest::Golden;
 use crate::launch;
 use crate::model::Model;
 use crate::problem::Problem;
-use crate::session::Session;
+use crate::session::{Device, Session};
 
 /// What the model must say.
 pub fn golden(model: &Model) -> anyhow::Result<Golden> {
@@ -20,7 +20,7 @@ pub fn golden(model: &Model) -> anyhow::Result<Golden> {
 }
 
 /// Asks it; a model that says something else is not used.
-pub fn ask(session: &mut Session, golden: &Golden, plan: &Plan) -> anyhow::Result<()> {
+pub fn ask<B: Device>(session: &mut Session<B>, golden: &Golden, plan: &Plan) -> anyhow::Result<()> {
     let room = plan.limits.max_seq_len.min(plan.kv.n_blocks * plan.kv.block_size);
     match probe::verify(&mut session.engine, golden, room) {
         Ok(worst) => {

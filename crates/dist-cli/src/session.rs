@@ -1,20 +1,21 @@
 //! From an open model to an engine that is ready: a plan that fits this machine, the device, the weights.
 
+mod device;
 mod ranks;
 
 use std::time::Duration;
 
 use dist_core::plan::{Limits, Plan};
 use dist_core::planner::{PlanOptions, PlanReport, Reason, Workload, plan};
-use dist_core::{DType, Device, DeviceKind, Link, ModelConfig, Topology};
-use dist_kernels::cpu::{CpuBackend, CpuOptions};
+use dist_core::{DType, Device as PlannedDevice, DeviceKind, Link, ModelConfig, Topology};
 use dist_models::engine::Engine;
 
+pub use device::{Device, check_ranks};
 pub use ranks::{Crew, Facts, follow};
 
-use crate::flags::{DeviceRequest, LimitArgs};
+use crate::flags::LimitArgs;
 use crate::launch::{LocalRanks, Split};
-use crate::machine::{self, gigabytes};
+use crate::machine::gigabytes;
 use crate::model::Model;
 use crate::problem::Problem;
 
@@ -24,8 +25,6 @@ pub const BLOCK_SIZE: usize = 16;
 const MAX_SEQS: usize = 16;
 /// Prompt tokens that are scored in one step.
 const SCORED_ROWS: usize = 64;
-/// How long idle threads spin: long enough to reach the next layer's step.
-const SPIN: Duration = Duration::from_micros(50);
 /// How much of the free memory may be taken.
 pub const MEMORY_PERCENT: u32 = 90;
 
@@ -46,23 +45,27 @@ impl Rates {
 /// What the device is, for reports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceReport {
-    /// The processor.
+    /// A processor or a GPU.
+    pub kind: DeviceKind,
+    /// Its name.
     pub name: String,
     /// Threads that compute.
     pub threads: usize,
     /// Its instructions.
     pub path: &'static str,
+    /// What a GPU makes of weights in `f32`.
+    pub cast: Option<DType>,
 }
 
-/// Threads and instructions, before any model.
-pub fn backend(request: DeviceRequest) -> anyhow::Result<(CpuBackend, DeviceReport)> {
-    let options = CpuOptions { threads: request.threads, path: request.path, spin: SPIN };
-    let backend = CpuBackend::new(options).map_err(|error| {
-        Problem::failed("the CPU cannot be used as asked").help("try --cpu-path auto").because(error)
-    })?;
-    let described = backend.describe();
-    let report = DeviceReport { name: machine::cpu_name(), threads: described.threads, path: described.path };
-    Ok((backend, report))
+impl DeviceReport {
+    /// The type of activations, vectors and cache for weights of `stored`.
+    fn computes_in(&self, stored: DType) -> DType {
+        match self.kind {
+            DeviceKind::Cpu => DType::F32,
+            DeviceKind::Cuda if stored == DType::F32 => self.cast.unwrap_or(DType::BF16),
+            DeviceKind::Cuda => stored,
+        }
+    }
 }
 
 /// What a run asks of its memory.
@@ -125,7 +128,8 @@ pub struct Setting<'a> {
 
 /// The plan that follows from model and split alone: what ranks compare before they know what each of them has.
 pub fn split_plan(model: &Model, split: &Split) -> anyhow::Result<Plan> {
-    let device = DeviceReport { name: "device".to_owned(), threads: 1, path: "any" };
+    let name = "device".to_owned();
+    let device = DeviceReport { kind: DeviceKind::Cpu, name, threads: 1, path: "any", cast: None };
     let max_seq_len = model.config().n_ctx;
     let limits = Limits { max_seq_len, max_seqs: 1, max_batch_tokens: 1, max_sample_rows: 1 };
     let ranks = vec![Facts { available: u64::MAX, evictable: 0 }; split.mesh.world_size()];
@@ -136,8 +140,8 @@ pub fn split_plan(model: &Model, split: &Split) -> anyhow::Result<Plan> {
 
 impl Setting<'_> {
     fn report(&self, workload: Workload, memory: impl Fn(&Facts) -> u64) -> anyhow::Result<PlanReport> {
-        let device = |facts| Device {
-            kind: DeviceKind::Cpu,
+        let device = |facts| PlannedDevice {
+            kind: self.device.kind,
             name: self.device.name.clone(),
             host: 0,
             memory_bytes: memory(facts),
@@ -146,10 +150,11 @@ impl Setting<'_> {
         };
         let devices = self.ranks.iter().map(device).collect();
         let topology = Topology { devices, same_host: LINK, other_host: LINK, pairs: Vec::new() };
+        let dtype = self.device.computes_in(self.model.config().weight_dtype);
         let options = PlanOptions {
-            act_dtype: DType::F32,
-            wire_dtype: DType::F32,
-            kv_dtype: DType::F32,
+            act_dtype: dtype,
+            wire_dtype: dtype,
+            kv_dtype: dtype,
             block_size: BLOCK_SIZE,
             limits: self.limits,
             memory_percent: MEMORY_PERCENT,
@@ -228,9 +233,9 @@ impl Setting<'_> {
 }
 
 /// An engine that is ready.
-pub struct Session {
+pub struct Session<B: Device> {
     /// The engine. It ends the ranks that follow it, so it goes before them.
-    pub engine: Engine<CpuBackend>,
+    pub engine: Engine<B>,
     /// What taking in the weights took.
     pub load: Duration,
     /// The ranks that this process has started.

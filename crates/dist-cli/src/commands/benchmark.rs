@@ -1,7 +1,10 @@
 //! `dist-cli benchmark`: a grid of measurements beside the machine's limits and the plan's word.
 
+use dist_core::DeviceKind;
 use dist_core::plan::Limits;
 use dist_core::planner::Workload;
+use dist_kernels::cpu::CpuBackend;
+use dist_kernels::cuda::CudaBackend;
 
 use crate::bench::{self, Ceilings, Cell, Measured, Origin, Report};
 use crate::flags::benchmark::{BenchmarkArgs, BenchmarkRequest};
@@ -10,16 +13,21 @@ use crate::interrupt;
 use crate::launch::{self, Launch};
 use crate::problem::Problem;
 use crate::render::{self, Console, LoadBar};
-use crate::session::{self, Crew, Rates, Session, Setting};
+use crate::session::{self, Crew, Device, Rates, Session, Setting};
 
 /// Runs the command.
 pub fn run(args: BenchmarkArgs, console: &Console) -> anyhow::Result<Ending> {
     let request = args.into_request()?;
     let launch = Launch::of(&request.mesh)?;
+    session::check_ranks(request.device.kind, &launch)?;
     if launch.is_follower() {
         return session::follow(&launch, &request.model, request.device, console);
     }
-    let Some(report) = report(&request, &launch, console)? else { return Ok(Ending::Interrupted) };
+    let report = match request.device.kind {
+        DeviceKind::Cpu => report::<CpuBackend>(&request, &launch, console)?,
+        DeviceKind::Cuda => report::<CudaBackend>(&request, &launch, console)?,
+    };
+    let Some(report) = report else { return Ok(Ending::Interrupted) };
     let rendered =
         if request.json { render::benchmark_json(&report)? } else { render::benchmark_table(&report) };
     render::result(&rendered)?;
@@ -27,15 +35,20 @@ pub fn run(args: BenchmarkArgs, console: &Console) -> anyhow::Result<Ending> {
 }
 
 /// `None` if the user interrupted.
-fn report(request: &BenchmarkRequest, launch: &Launch, console: &Console) -> anyhow::Result<Option<Report>> {
+fn report<B: Device>(
+    request: &BenchmarkRequest,
+    launch: &Launch,
+    console: &Console,
+) -> anyhow::Result<Option<Report>> {
     let model = request.model.open()?;
     let limits = limits(request, model.config().n_ctx)?;
     console.note("measuring what this machine can do");
     // All its ranks together, before any of them runs.
-    let (all_cores, device) = session::backend(request.device)?;
-    let ceilings = Ceilings::measure(&all_cores);
+    let (mut all_cores, device) = B::open_as(request.device)?;
+    let ceilings = all_cores.ceilings()?;
     drop(all_cores);
-    let crew = Crew::gather(launch, &model, console)?;
+    let (backend, _) = B::open_as(launch.share(request.device))?;
+    let crew = Crew::gather(launch, &model, backend.free_bytes()?, console)?;
     // Machines are taken to be alike.
     let ceilings = ceilings.times(launch.world_size() as f64 / launch.local_size as f64);
     let rates = Rates {
@@ -43,7 +56,6 @@ fn report(request: &BenchmarkRequest, launch: &Launch, console: &Console) -> any
         flops_per_s: ceilings.flops_per_s / launch.world_size() as f64,
     };
     let (split, ranks) = (&launch.split, crew.facts.as_slice());
-    let (backend, _) = session::backend(launch.share(request.device))?;
     let setting = Setting { model: &model, device: &device, rates, limits, split, ranks };
     let largest = request.cells.iter().max_by_key(|cell| cell.batch * (cell.prompt_len + cell.new_tokens));
     let largest = *largest.expect("clap asks for at least one of each");
@@ -65,8 +77,8 @@ fn report(request: &BenchmarkRequest, launch: &Launch, console: &Console) -> any
     // A machine that is shared reads faster at one time than at another, so each cell has its own limit: the better of
     // before and after. One rank alone cannot tell for others that read at the same time.
     let is_alone = launch.world_size() == 1;
-    let rate = |session: &mut Session| is_alone.then(|| bench::read_rate(session.engine.backend()).0);
-    let mut before = rate(&mut session);
+    let rate = |session: &mut Session<B>| is_alone.then(|| session.engine.backend().read_rate()).transpose();
+    let mut before = rate(&mut session)?;
     for (&cell, predictions) in request.cells.iter().zip(predicted) {
         let Cell { batch, prompt_len, new_tokens } = cell;
         console.note(&format!("measuring batch {batch}, prompt {prompt_len}, new tokens {new_tokens}"));
@@ -76,7 +88,7 @@ fn report(request: &BenchmarkRequest, launch: &Launch, console: &Console) -> any
         let times = times.map_err(|error| launch::explain(error, &mut session.locals))?;
         let Some(times) = times else { return Ok(None) };
         let (decode, prefill) = bench::work_of(&plan, cell);
-        let after = rate(&mut session);
+        let after = rate(&mut session)?;
         let around = before.zip(after).map(|(before, after)| before.max(after));
         before = after;
         let ceilings = around.map_or(ceilings, |read_bytes_per_s| Ceilings { read_bytes_per_s, ..ceilings });

@@ -5,7 +5,7 @@ use std::time::Duration;
 use dist_comm::Wait;
 use dist_comm::probe::probe;
 use dist_core::Rank;
-use dist_kernels::cpu::CpuPath;
+use dist_kernels::cpu::CpuBackend;
 use dist_models::engine::EngineError;
 
 use crate::bench::Ceilings;
@@ -15,7 +15,7 @@ use crate::flags::doctor::DoctorArgs;
 use crate::launch::{self, Identity, Launch, Team};
 use crate::problem::Problem;
 use crate::render::{self, Console};
-use crate::session;
+use crate::session::Device;
 
 /// Runs the command.
 pub fn run(args: &DoctorArgs, console: &Console) -> anyhow::Result<()> {
@@ -44,9 +44,9 @@ fn facts(launch: &Launch, console: &Console) -> RankFacts {
     let measure = || {
         console.note("measuring what this machine can do");
         let threads = std::thread::available_parallelism().map_or(1, Into::into);
-        let all = DeviceRequest { threads, is_chosen: false, path: CpuPath::Auto };
-        let (backend, _) = session::backend(all).ok()?;
-        let Ceilings { read_bytes_per_s, flops_per_s, .. } = Ceilings::measure(&backend);
+        let all = DeviceRequest { threads, ..DeviceRequest::CPU };
+        let (mut backend, _) = CpuBackend::open_as(all).ok()?;
+        let Ceilings { read_bytes_per_s, flops_per_s, .. } = backend.ceilings().ok()?;
         Some(Rates { read_bytes_per_s, flops_per_s })
     };
     let rates = (launch.local_rank == 0).then(measure).flatten();

@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 use std::io;
 use std::time::Instant;
 
+use dist_core::DeviceKind;
 use dist_core::planner::Workload;
+use dist_kernels::cpu::CpuBackend;
+use dist_kernels::cuda::CudaBackend;
 
 use crate::flags::infer::{Format, InferArgs, InferRequest};
 use crate::generation::{self, Ending, Run};
@@ -14,24 +17,32 @@ use crate::model::Model;
 use crate::probe;
 use crate::prompts::{self, Job, PromptSource};
 use crate::render::{self, BatchBar, Console, JsonLines, LoadBar, Silent, TextWatch};
-use crate::session::{self, Crew, Demand, DeviceReport, Rates, Session, Setting};
+use crate::session::{self, Crew, Demand, Device, DeviceReport, Rates, Session, Setting};
 
 /// Runs the command.
 pub fn run(args: InferArgs, console: &Console) -> anyhow::Result<Ending> {
     let request = args.into_request()?;
     let launch = Launch::of(&request.mesh)?;
+    session::check_ranks(request.device.kind, &launch)?;
     if launch.is_follower() {
         return session::follow(&launch, &request.model, request.device, console);
     }
-    let mut ready = Ready::of(request, &launch, console)?;
+    match request.device.kind {
+        DeviceKind::Cpu => run_on::<CpuBackend>(request, &launch, console),
+        DeviceKind::Cuda => run_on::<CudaBackend>(request, &launch, console),
+    }
+}
+
+fn run_on<B: Device>(request: InferRequest, launch: &Launch, console: &Console) -> anyhow::Result<Ending> {
+    let mut ready = Ready::<B>::of(request, launch, console)?;
     ready.answer(console).map_err(|error| launch::explain(error, &mut ready.session.locals))
 }
 
 /// Everything that answering takes.
-struct Ready {
+struct Ready<B: Device> {
     model: Model,
     device: DeviceReport,
-    session: Session,
+    session: Session<B>,
     jobs: Vec<Job>,
     format: Format,
     echo: bool,
@@ -39,7 +50,7 @@ struct Ready {
     is_default_prompt: bool,
 }
 
-impl Ready {
+impl<B: Device> Ready<B> {
     /// Reads the prompts, opens the model, plans, loads. What is wrong with a prompt is said before weights are touched.
     fn of(request: InferRequest, launch: &Launch, console: &Console) -> anyhow::Result<Self> {
         let is_default_prompt = request.source == PromptSource::Default;
@@ -51,11 +62,11 @@ impl Ready {
         let jobs = prompts::encode(prompts, &model, max_seq_len)?;
         console.phase("open model, encode prompts", start.elapsed());
 
-        let crew = Crew::gather(launch, &model, console)?;
+        let (backend, device) = B::open_as(launch.share(request.device))?;
+        let crew = Crew::gather(launch, &model, backend.free_bytes()?, console)?;
         let start = Instant::now();
         let demand = demand(&jobs, max_seq_len);
         let limits = session::limits(&request.limits, max_seq_len, demand);
-        let (backend, device) = session::backend(launch.share(request.device))?;
         let (split, ranks) = (&launch.split, crew.facts.as_slice());
         let setting = Setting { model: &model, device: &device, rates: Rates::UNKNOWN, limits, split, ranks };
         let Demand { n_samples, prompt_len, new_tokens, .. } = demand;

@@ -1,6 +1,7 @@
 //! Where to run.
 
 use clap::{Args, ValueEnum};
+use dist_core::{DType, DeviceKind};
 use dist_kernels::cpu::CpuPath;
 
 use super::numbers;
@@ -10,15 +11,27 @@ use crate::gpu::{self, DeviceChoice, GpuAsked, Usable};
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Device")]
 pub struct DeviceArgs {
-    /// Device to run on: `auto` or `cpu`; this version runs models on the CPU only
+    /// Device to run on: `auto`, `cpu`, `cuda` or `cuda:N`; `auto` takes a GPU that can be used, if there is one rank
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = str::parse::<GpuAsked>)]
     pub device: GpuAsked,
+    /// Type that a GPU rounds weights in f32 to, which no kernel of it takes as they are
+    #[arg(long, value_name = "TYPE", value_enum)]
+    pub cast: Option<CastFlag>,
     /// Threads that compute, shared by the ranks of a machine; by default all cores of this process
     #[arg(long, value_name = "N", value_parser = numbers::threads)]
     pub threads: Option<usize>,
     /// Instructions of the CPU; both give the same bits, `portable` many times slower
     #[arg(long, value_name = "PATH", value_enum, default_value_t = PathFlag::Auto)]
     pub cpu_path: PathFlag,
+}
+
+/// Types of 16 bits, as flags name them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CastFlag {
+    /// Brain floats: the range of f32, 8 bits of precision
+    Bf16,
+    /// Half floats: 11 bits of precision, up to 65504
+    F16,
 }
 
 /// Instructions, as flags name them.
@@ -35,12 +48,33 @@ pub enum PathFlag {
 /// Where to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceRequest {
+    /// The processor or a GPU.
+    pub kind: DeviceKind,
+    /// The driver's number of the GPU.
+    pub ordinal: usize,
+    /// Whether the user named the device.
+    pub is_named: bool,
+    /// What a GPU makes of weights in `f32`; without it they are refused.
+    pub cast: Option<DType>,
     /// Threads that compute, of all ranks of this machine together.
     pub threads: usize,
     /// Whether the user chose them.
     pub is_chosen: bool,
     /// Instructions.
     pub path: CpuPath,
+}
+
+impl DeviceRequest {
+    /// One thread of the processor.
+    pub const CPU: Self = Self {
+        kind: DeviceKind::Cpu,
+        ordinal: 0,
+        is_named: false,
+        cast: None,
+        threads: 1,
+        is_chosen: false,
+        path: CpuPath::Auto,
+    };
 }
 
 impl DeviceArgs {
@@ -57,7 +91,19 @@ impl DeviceArgs {
 
     /// The device, or why it cannot be had.
     pub fn to_request(&self) -> anyhow::Result<DeviceRequest> {
-        self.choice()?;
+        let (kind, ordinal) = match self.choice()? {
+            DeviceChoice::Cpu { why } => {
+                if let Some(why) = why {
+                    tracing::info!("on the CPU: {why}");
+                }
+                (DeviceKind::Cpu, 0)
+            }
+            DeviceChoice::Cuda { ordinal } => (DeviceKind::Cuda, ordinal),
+        };
+        let cast = self.cast.map(|cast| match cast {
+            CastFlag::Bf16 => DType::BF16,
+            CastFlag::F16 => DType::F16,
+        });
         let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let path = match self.cpu_path {
             PathFlag::Auto => CpuPath::Auto,
@@ -65,6 +111,7 @@ impl DeviceArgs {
             PathFlag::Portable => CpuPath::Portable,
         };
         let threads = self.threads.unwrap_or_else(cores);
-        Ok(DeviceRequest { threads, is_chosen: self.threads.is_some(), path })
+        let (is_named, is_chosen) = (self.device != GpuAsked::Auto, self.threads.is_some());
+        Ok(DeviceRequest { kind, ordinal, is_named, cast, threads, is_chosen, path })
     }
 }

@@ -339,8 +339,7 @@ mod tests {
     #[test]
     fn ranks_of_one_machine_share_its_threads() {
         let device = |threads| {
-            let path = dist_kernels::cpu::CpuPath::Auto;
-            DeviceRequest { threads, is_chosen: true, path }
+            DeviceRequest { threads, is_chosen: true, ..DeviceRequest::CPU }
         };
         let shares = |threads, n: usize| {
             let of =

@@ -10,10 +10,10 @@ use dist_kernels::cpu::CpuBackend;
 use dist_models::decoder::{LoadProgress, OnProgress};
 use dist_models::engine::{Engine, EngineError, Followers, start_rank};
 use dist_models::rank::{Ended, Leader, checkpoint_identity, rank_main};
-use dist_models::runner::Comms;
+use dist_models::runner::{Comms, Runner};
 use serde::{Deserialize, Serialize};
 
-use super::{Session, backend, split_plan};
+use super::{Device, Session, split_plan};
 use crate::flags::DeviceRequest;
 use crate::generation::Ending;
 use crate::launch::{Identity, Launch, LocalRanks, Team, explain, lost_problem};
@@ -32,7 +32,11 @@ pub struct Facts {
 }
 
 impl Facts {
-    fn of(model: &Model, weights: u64, launch: &Launch) -> Self {
+    /// `free` is what the device has of its own, if it does not share the machine's.
+    fn of(model: &Model, weights: u64, free: Option<u64>, launch: &Launch) -> Self {
+        if let Some(available) = free {
+            return Self { available, evictable: 0 };
+        }
         let available = machine::available_bytes().map_or(u64::MAX, |bytes| bytes / launch.local_size as u64);
         let evictable = match model.holding {
             Holding::Mapped | Holding::Embedded => weights,
@@ -60,16 +64,16 @@ fn identity(launch: &Launch, model: &Model) -> anyhow::Result<(Identity, u64)> {
 
 impl Crew {
     /// Starts and meets the other ranks, and asks what they have.
-    pub fn gather(launch: &Launch, model: &Model, console: &Console) -> anyhow::Result<Self> {
+    pub fn gather(launch: &Launch, model: &Model, free: Option<u64>, console: &Console) -> anyhow::Result<Self> {
         let limit = launch.request.collective_timeout;
         if launch.world_size() == 1 {
             launch.check_model(model.config())?;
-            let facts = vec![Facts::of(model, model.checkpoint.weight_bytes(), launch)];
+            let facts = vec![Facts::of(model, model.checkpoint.weight_bytes(), free, launch)];
             return Ok(Self { facts, team: None, limit });
         }
         let (identity, weights) = identity(launch, model)?;
         let mut team = launch.meet(&identity, console)?;
-        let mut facts = vec![Facts::of(model, weights, launch)];
+        let mut facts = vec![Facts::of(model, weights, free, launch)];
         for rank in (1..launch.world_size()).map(Rank) {
             let told = team.world.control().recv(rank, Wait::UntilSilentFor(limit));
             let told = told.map_err(|error| explain(EngineError::from(error).into(), &mut team.locals))?;
@@ -79,13 +83,13 @@ impl Crew {
     }
 
     /// Has all ranks take in their weights under `plan`.
-    pub fn begin(
+    pub fn begin<B: Device>(
         self,
-        backend: CpuBackend,
+        backend: B,
         model: &Model,
         plan: &Plan,
         (console, progress): (&Console, &mut dyn FnMut(LoadProgress)),
-    ) -> anyhow::Result<Session> {
+    ) -> anyhow::Result<Session<B>> {
         let start = Instant::now();
         let Some(mut team) = self.team else {
             let comms = Comms { tp: Comm::Solo(Solo::new()), pp: Comm::Solo(Solo::new()) };
@@ -108,16 +112,14 @@ impl Crew {
     }
 }
 
-type CpuRunner = dist_models::runner::Runner<CpuBackend>;
-
-fn lead(
+fn lead<B: Device>(
     team: &mut Team,
-    backend: CpuBackend,
+    backend: B,
     model: &Model,
     plan: &Plan,
     limit: Duration,
     progress: &mut dyn FnMut(LoadProgress),
-) -> anyhow::Result<CpuRunner> {
+) -> anyhow::Result<Runner<B>> {
     team.world.control().broadcast(&serde_json::to_vec(plan)?, limit).map_err(EngineError::from)?;
     let comms = team.comms(plan, limit)?;
     load(&team.world, limit, progress, |progress| {
@@ -126,12 +128,12 @@ fn lead(
 }
 
 /// Loads, and gives up as soon as another rank is gone.
-fn load(
+fn load<B: Device>(
     world: &World,
     limit: Duration,
     progress: &mut dyn FnMut(LoadProgress),
-    start: impl FnOnce(OnProgress<'_>) -> Result<CpuRunner, EngineError>,
-) -> anyhow::Result<CpuRunner> {
+    start: impl FnOnce(OnProgress<'_>) -> Result<Runner<B>, EngineError>,
+) -> anyhow::Result<Runner<B>> {
     let mut lost = None;
     let started = start(&mut |news| {
         progress(news);
@@ -171,7 +173,7 @@ pub fn follow(
 ) -> anyhow::Result<Ending> {
     let model = model.open()?;
     let (identity, weights) = identity(launch, &model)?;
-    let facts = Facts::of(&model, weights, launch);
+    let facts = Facts::of(&model, weights, None, launch);
     let mut team = launch.meet(&identity, console)?;
     let runner = prepare(&mut team, launch, (&model, facts), device, console);
     let Team { mut world, mut locals } = team;
@@ -191,7 +193,7 @@ fn prepare(
     (model, facts): (&Model, Facts),
     device: DeviceRequest,
     console: &Console,
-) -> anyhow::Result<CpuRunner> {
+) -> anyhow::Result<Runner<CpuBackend>> {
     let limit = launch.request.collective_timeout;
     let control = team.world.control();
     control.send(Rank(0), &serde_json::to_vec(&facts)?, limit).map_err(EngineError::from)?;
@@ -203,7 +205,7 @@ fn prepare(
     }
     let start = Instant::now();
     let comms = team.comms(&plan, limit)?;
-    let (backend, _) = backend(launch.share(device))?;
+    let (backend, _) = CpuBackend::open_as(launch.share(device))?;
     let runner = load(&team.world, limit, &mut |_| {}, |progress| {
         start_rank(backend, comms, &model.checkpoint, &plan, launch.rank, progress)
     })?;

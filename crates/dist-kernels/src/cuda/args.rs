@@ -33,6 +33,41 @@ pub(super) struct LinearParams {
     pub(super) padding: i32,
 }
 
+/// `GemmArgs` of `gemm_hopper.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub(super) struct GemmParams {
+    pub(super) linear: LinearParams,
+    pub(super) rows_of_cluster: i32,
+    pub(super) columns_of_cluster: i32,
+    pub(super) splits: i32,
+    pub(super) group: i32,
+}
+
+/// `PrefillArgs` of `attention_prefill.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub(super) struct PrefillParams {
+    pub(super) out: Address,
+    pub(super) qkv: Address,
+    pub(super) k: Address,
+    pub(super) v: Address,
+    pub(super) q_offsets: Address,
+    pub(super) context_lens: Address,
+    pub(super) block_tables: Address,
+    pub(super) max_blocks: i32,
+    pub(super) ld_qkv: i32,
+    pub(super) n_heads: i32,
+    pub(super) n_kv_heads: i32,
+    pub(super) block_size: i32,
+    pub(super) window: i32,
+    pub(super) scale: f32,
+    pub(super) n_seqs: i32,
+    pub(super) next: Address,
+    pub(super) box_rows: i32,
+    pub(super) padding: i32,
+}
+
 /// `AttentionArgs` of `attention_decode.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]

@@ -17,6 +17,8 @@ pub(super) struct Kernel {
     pub(super) function: Function,
     /// Threads of a block, if its unit says so.
     pub(super) threads: u32,
+    /// Rows of a block's tile, if its unit says so.
+    pub(super) rows: u32,
 }
 
 /// All kernels that were asked for so far.
@@ -40,8 +42,9 @@ impl Kernels {
             return Ok(Rc::clone(kernel));
         }
         let module = self.module(unit)?;
-        let threads = module.integer(&format!("{symbol}_threads"))?.unwrap_or(0) as u32;
-        let kernel = Rc::new(Kernel { function: module.function(symbol)?, threads });
+        let told = |what| -> Result<u32> { Ok(module.integer(&format!("{symbol}_{what}"))?.unwrap_or(0) as u32) };
+        let (threads, rows) = (told("threads")?, told("rows")?);
+        let kernel = Rc::new(Kernel { function: module.function(symbol)?, threads, rows });
         self.kernels.insert(symbol.to_owned(), Rc::clone(&kernel));
         Ok(kernel)
     }

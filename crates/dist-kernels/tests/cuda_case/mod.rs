@@ -3,7 +3,7 @@
 #![allow(dead_code)] // Each test file uses its part.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use dist_core::DType;
@@ -27,10 +27,15 @@ pub(crate) fn options(cast: Option<DType>) -> CudaOptions {
     CudaOptions { libraries, cache: KernelCache::new(cache), ordinal: 0, cast, load_threads: 2 }
 }
 
-/// The GPU; `None`, and a loud line, where there is none. Where there must be one (`DIST_REQUIRE_GPU`) that is a failure.
-pub(crate) fn gpu() -> Option<CudaBackend> {
+/// One test at a time: memory that one of them takes would break off what another one records.
+static ONE: Mutex<()> = Mutex::new(());
+
+/// The GPU, as long as the first value is kept; `None`, and a loud line, where there is none. Where there must be one
+/// (`DIST_REQUIRE_GPU`) that is a failure.
+pub(crate) fn gpu() -> Option<(MutexGuard<'static, ()>, CudaBackend)> {
+    let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     match CudaBackend::new(options(None)) {
-        Ok(backend) => Some(backend),
+        Ok(backend) => Some((one, backend)),
         Err(KernelError::Cuda(error @ (CudaError::Library(_) | CudaError::NoGpu))) => {
             assert!(std::env::var_os("DIST_REQUIRE_GPU").is_none(), "DIST_REQUIRE_GPU is set, but {error}");
             eprintln!("SKIPPED, this test needs a GPU: {error}");

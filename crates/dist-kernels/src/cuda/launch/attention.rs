@@ -1,12 +1,14 @@
-//! `attention`: the kernel for few rows a sequence, or the one for any shape.
+//! `attention`: the kernel for few rows a sequence, the one for many, or the one for any shape.
 
 use super::{expect_type, suffix, unsupported};
 use crate::args::AttentionArgs;
-use crate::cuda::args::{AttentionAnyParams, AttentionParams};
+use crate::cuda::args::{AttentionAnyParams, AttentionParams, PrefillParams};
 use crate::cuda::backend::{CudaBackend, grown};
 use crate::cuda::choice::{self, Decode, DecodeShape};
 use crate::error::Result;
 
+/// Threads of `attention_prefill`.
+const PREFILL_THREADS: u32 = 128;
 /// Warps of a block of `attention_any`, a head each.
 const ANY_WARPS: usize = 4;
 /// The widest head that `attention_any` takes.
@@ -37,6 +39,7 @@ impl CudaBackend {
             block_size: args.layout.block_size,
         };
         match choice::decode(shape, self.context.info().n_sms) {
+            Some(_) if choice::is_prefill(shape) => self.attention_prefill(args),
             Some(decode) => self.attention_decode(args, decode),
             None => self.attention_any(args),
         }
@@ -76,6 +79,35 @@ impl CudaBackend {
         let threads = self.kernels.get("attention_decode", &symbol)?.threads;
         let grid = [splits as u32, (n_kv_heads * tiles) as u32, n_seqs as u32];
         self.start(("attention_decode", &symbol), grid, threads, &params)
+    }
+
+    fn attention_prefill(&mut self, args: &AttentionArgs<'_, Self>) -> Result<()> {
+        let n_seqs = args.seqs.n_seqs;
+        let params = PrefillParams {
+            out: args.out.address(),
+            qkv: args.qkv.address(),
+            k: args.kv.k.address(),
+            v: args.kv.v.address(),
+            q_offsets: args.seqs.q_offsets.address(),
+            context_lens: args.seqs.context_lens.address(),
+            block_tables: args.seqs.block_tables.address(),
+            max_blocks: args.seqs.max_blocks as i32,
+            ld_qkv: qkv_width(args),
+            n_heads: args.n_heads_local as i32,
+            n_kv_heads: args.layout.n_kv_heads_local as i32,
+            block_size: args.layout.block_size as i32,
+            window: window_of(args),
+            scale: args.scale,
+            n_seqs: n_seqs as i32,
+            next: 0,
+            box_rows: 0,
+            padding: 0,
+        };
+        let symbol = format!("attention_prefill_d{}_{}", args.layout.d_head, suffix(args.qkv.dtype));
+        let tile_rows = self.kernels.get("attention_prefill", &symbol)?.rows as usize;
+        // Every sequence may end in a tile that is not full.
+        let tiles = (args.seqs.rows / tile_rows + n_seqs) * args.n_heads_local;
+        self.start(("attention_prefill", &symbol), [tiles as u32, 1, 1], PREFILL_THREADS, &params)
     }
 
     fn attention_any(&mut self, args: &AttentionArgs<'_, Self>) -> Result<()> {

@@ -1,25 +1,27 @@
-//! `linear` and `logits`: few rows stream the weight, more rows are taken in pieces.
+//! `linear` and `logits`: few rows stream the weight, more rows are multiplied tile by tile.
 
 use dist_core::{Activation, DType};
 
-use super::{address_or_none, expect_type, suffix, unsupported};
+use super::{address_or_none, expect_type, suffix};
 use crate::args::{Epilogue, LinearArgs, LogitsArgs, Norm, Prologue, Then};
-use crate::cuda::args::{Address, LinearParams};
+use crate::cuda::args::{Address, GemmParams, LinearParams};
 use crate::cuda::backend::{CudaBackend, grown};
 use crate::cuda::buf::CudaBuf;
 use crate::cuda::choice;
+use crate::cuda::driver::TensorMapSpec;
 use crate::error::Result;
 use crate::weight::Weight;
 
 /// Threads of the streaming kernels.
 const THREADS: u32 = 256;
+/// Threads of `gemm_hopper`.
+const GEMM_THREADS: u32 = 384;
 
-/// A product, its addresses being those of the first row.
+/// A product.
 #[derive(Clone, Copy)]
 struct Product {
     params: LinearParams,
     dtype: DType,
-    out_bytes: usize,
 }
 
 fn activation(then: &Then<'_, CudaBackend>) -> i32 {
@@ -50,7 +52,7 @@ impl Product {
             d_head: 1,
             ..bytemuck::Zeroable::zeroed()
         };
-        Self { params, dtype: weight.dtype, out_bytes: out.dtype.bytes() }
+        Self { params, dtype: weight.dtype }
     }
 
     fn then(mut self, epilogue: &Epilogue<'_, CudaBackend>) -> Self {
@@ -67,19 +69,6 @@ impl Product {
             params.d_head = append.layout.d_head as i32;
         }
         self
-    }
-
-    /// Rows from `first` on.
-    fn rows(&self, first: usize, n: usize) -> LinearParams {
-        let mut params = self.params;
-        let elements = |width: i32| (first * width as usize) as u64;
-        params.out += elements(params.n) * self.out_bytes as u64;
-        params.x += elements(params.k) * self.dtype.bytes() as u64;
-        if params.slots != 0 {
-            params.slots += first as u64 * 4;
-        }
-        params.rows = n as i32;
-        params
     }
 }
 
@@ -109,26 +98,70 @@ impl CudaBackend {
     }
 
     fn multiply(&mut self, product: &Product) -> Result<()> {
-        let LinearParams { rows, n, k, .. } = product.params;
-        let (rows, n) = (rows as usize, n as usize);
-        if k % 8 != 0 {
-            return unsupported("multiply rows of a length that is no multiple of 8");
-        }
+        let LinearParams { rows, k, .. } = product.params;
         let info = self.context.info();
-        let (n_sms, is_hopper) = (info.n_sms, info.capability == (9, 0));
-        let most = choice::streaming_rows_max(is_hopper);
-        for first in (0..rows).step_by(most) {
-            let n_rows = most.min(rows - first);
-            // Pieces of many rows are of one kind, so that what a row gives does not depend on its place.
-            let choice = choice::streaming(if rows > most { most } else { n_rows }, n, n_sms, is_hopper);
-            let params = LinearParams { units: choice.units as i32, ..product.rows(first, n_rows) };
-            let symbol = format!("{}_{}", choice.symbol, suffix(product.dtype));
-            let kernel = self.kernels.get(choice.unit, &symbol)?;
-            let blocks = (choice.clusters * choice.cluster) as u32;
-            let mut launch = kernel.function.over([blocks, 1, 1], THREADS);
-            launch.cluster = choice.cluster as u32;
-            kernel.function.launch(&self.stream, &launch, &params, &[])?;
+        let is_hopper = info.capability == (9, 0);
+        if rows == 0 {
+            Ok(())
+        } else if k % 8 != 0 {
+            self.multiply_tiles(product)
+        } else if rows as usize <= choice::streaming_rows_max(is_hopper) {
+            self.stream_weight(product)
+        } else if is_hopper {
+            self.multiply_tiles_hopper(product)
+        } else {
+            self.multiply_tiles(product)
         }
-        Ok(())
+    }
+
+    /// Few rows: as fast as the weight can be read.
+    fn stream_weight(&mut self, product: &Product) -> Result<()> {
+        let (params, info) = (product.params, self.context.info());
+        let is_hopper = info.capability == (9, 0);
+        let choice = choice::streaming(params.rows as usize, params.n as usize, info.n_sms, is_hopper);
+        let params = LinearParams { units: choice.units as i32, ..params };
+        let symbol = format!("{}_{}", choice.symbol, suffix(product.dtype));
+        let kernel = self.kernels.get(choice.unit, &symbol)?;
+        let blocks = (choice.clusters * choice.cluster) as u32;
+        let mut launch = kernel.function.over([blocks, 1, 1], THREADS);
+        launch.cluster = choice.cluster as u32;
+        Ok(kernel.function.launch(&self.stream, &launch, &params, &[])?)
+    }
+
+    /// Many rows, or rows that are not aligned.
+    fn multiply_tiles(&mut self, product: &Product) -> Result<()> {
+        let params = product.params;
+        let (rows, n, k) = (params.rows as usize, params.n as usize, params.k as usize);
+        let (symbol, side, threads) = choice::gemm_general(rows, n, k, self.context.info().n_sms);
+        let blocks = rows.div_ceil(side) * n.div_ceil(side);
+        let symbol = format!("{symbol}_{}", suffix(product.dtype));
+        self.start(("gemm", &symbol), [blocks as u32, 1, 1], threads, &params)
+    }
+
+    /// Many rows on Hopper.
+    fn multiply_tiles_hopper(&mut self, product: &Product) -> Result<()> {
+        let linear = product.params;
+        let (rows, n, k) = (linear.rows as usize, linear.n as usize, linear.k as usize);
+        let choice = choice::gemm(rows, n, k, self.context.info().n_sms);
+        let ((below, beside), (bm, bn)) = (choice.cluster, choice.tile);
+        let map = |address, rows, ld, box_rows: usize| {
+            let box_rows = box_rows as u32;
+            self.context.tensor_map(&TensorMapSpec { address, rows, columns: k, ld, box_rows, box_columns: 64 })
+        };
+        let x = map(linear.x, rows, k, bm / beside)?;
+        let weight = map(linear.weight, n, linear.ld_weight as usize, bn / below)?;
+        let params = GemmParams {
+            linear,
+            rows_of_cluster: below as i32,
+            columns_of_cluster: beside as i32,
+            splits: choice.splits as i32,
+            group: choice.group as i32,
+        };
+        let symbol = format!("{}_{}", choice.symbol, suffix(product.dtype));
+        let kernel = self.kernels.get("gemm_hopper", &symbol)?;
+        let size = below * beside * choice.splits;
+        let mut launch = kernel.function.over([(choice.clusters * size) as u32, 1, 1], GEMM_THREADS);
+        launch.cluster = size as u32;
+        Ok(kernel.function.launch(&self.stream, &launch, &params, &[&x, &weight])?)
     }
 }

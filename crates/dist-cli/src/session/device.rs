@@ -1,0 +1,140 @@
+//! A backend as the commands need it: how it is opened, what it is called, what it can do.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dist_core::{DType, DeviceKind};
+use dist_kernels::cpu::{CpuBackend, CpuOptions};
+use dist_kernels::cuda::cache::KernelCache;
+use dist_kernels::cuda::libraries::{Libraries, LibraryDirs};
+use dist_kernels::cuda::{CudaBackend, CudaOptions};
+use dist_kernels::{Backend, KernelError};
+
+use super::DeviceReport;
+use crate::bench::Ceilings;
+use crate::flags::DeviceRequest;
+use crate::launch::Launch;
+use crate::machine;
+use crate::problem::Problem;
+
+/// How long idle threads spin: long enough to reach the next layer's step.
+const SPIN: Duration = Duration::from_micros(50);
+
+/// What a command runs on.
+pub trait Device: Backend {
+    /// Opens it.
+    fn open_as(request: DeviceRequest) -> anyhow::Result<(Self, DeviceReport)>;
+
+    /// Bytes of its own memory that are free; `None` where that is the machine's.
+    fn free_bytes(&self) -> anyhow::Result<Option<u64>>;
+
+    /// What it can do at best.
+    fn ceilings(&mut self) -> anyhow::Result<Ceilings>;
+
+    /// The rate at which it reads memory now.
+    fn read_rate(&mut self) -> anyhow::Result<f64>;
+}
+
+impl Device for CpuBackend {
+    fn open_as(request: DeviceRequest) -> anyhow::Result<(Self, DeviceReport)> {
+        let options = CpuOptions { threads: request.threads, path: request.path, spin: SPIN };
+        let backend = Self::new(options).map_err(|error| {
+            Problem::failed("the CPU cannot be used as asked").help("try --cpu-path auto").because(error)
+        })?;
+        let described = backend.describe();
+        let (name, kind, cast) = (machine::cpu_name(), DeviceKind::Cpu, None);
+        let report =
+            DeviceReport { kind, name, threads: described.threads, path: described.path, cast };
+        Ok((backend, report))
+    }
+
+    fn free_bytes(&self) -> anyhow::Result<Option<u64>> {
+        Ok(None)
+    }
+
+    fn ceilings(&mut self) -> anyhow::Result<Ceilings> {
+        Ok(Ceilings::measure(self))
+    }
+
+    fn read_rate(&mut self) -> anyhow::Result<f64> {
+        Ok(crate::bench::read_rate(self).0)
+    }
+}
+
+impl Device for CudaBackend {
+    fn open_as(request: DeviceRequest) -> anyhow::Result<(Self, DeviceReport)> {
+        let options = CudaOptions {
+            libraries: Arc::new(Libraries::new(library_dirs())),
+            cache: KernelCache::new(kernel_cache()),
+            ordinal: 0,
+            cast: request.cast,
+            load_threads: request.threads.min(8),
+        };
+        let backend = Self::new(options).map_err(gpu_problem)?;
+        let name = backend.describe().name.clone();
+        let (kind, cast) = (DeviceKind::Cuda, request.cast);
+        Ok((backend, DeviceReport { kind, name, threads: request.threads, path: "cuda", cast }))
+    }
+
+    fn free_bytes(&self) -> anyhow::Result<Option<u64>> {
+        Ok(Some(self.memory()?.0 as u64))
+    }
+
+    fn ceilings(&mut self) -> anyhow::Result<Ceilings> {
+        let (read_bytes_per_s, pass_bytes) = self.copy_rate()?;
+        let flops_per_s = self.multiply_rate(DType::BF16)?;
+        Ok(Ceilings { read_bytes_per_s, flops_per_s, pass_bytes })
+    }
+
+    fn read_rate(&mut self) -> anyhow::Result<f64> {
+        Ok(self.copy_rate()?.0)
+    }
+}
+
+/// One GPU serves one rank so far.
+pub fn check_ranks(kind: DeviceKind, launch: &Launch) -> anyhow::Result<()> {
+    match (kind, launch.world_size()) {
+        (DeviceKind::Cpu, _) | (_, 1) => Ok(()),
+        (DeviceKind::Cuda, n) => {
+            let problem = Problem::usage(format!("--device cuda: {n} ranks, and only one can run on a GPU"));
+            Err(problem.help("leave out --tp and --pp, or use --device cpu").into())
+        }
+    }
+}
+
+fn gpu_problem(error: KernelError) -> Problem {
+    let help = match &error {
+        KernelError::Cuda(error) => error.help(),
+        _ => None,
+    };
+    let problem = Problem::failed("the GPU cannot be used").because(error);
+    match help {
+        Some(help) => problem.help(help),
+        None => problem.help("use --device cpu"),
+    }
+}
+
+/// Where NVIDIA's libraries may be: what the user names, what the loader knows, Python's packages, the toolkit.
+fn library_dirs() -> LibraryDirs {
+    let first = std::env::var_os("DIST_CUDA_LIB").map(|dirs| std::env::split_paths(&dirs).collect());
+    let mut last = Vec::new();
+    for root in ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(std::env::var_os) {
+        let versions = std::fs::read_dir(PathBuf::from(root).join("lib")).into_iter().flatten();
+        let mut found: Vec<_> =
+            versions.filter_map(|entry| Some(entry.ok()?.path().join("site-packages/nvidia/cu13/lib"))).collect();
+        found.retain(|dir| dir.is_dir());
+        found.sort();
+        last.extend(found);
+    }
+    last.push(PathBuf::from("/usr/local/cuda/lib64"));
+    LibraryDirs { first: first.unwrap_or_default(), asks_loader: true, last }
+}
+
+/// Where compiled kernels are kept.
+fn kernel_cache() -> PathBuf {
+    let path = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let of_user = || path("XDG_CACHE_HOME").or_else(|| Some(path("HOME")?.join(".cache")));
+    path("DIST_KERNEL_CACHE")
+        .unwrap_or_else(|| of_user().unwrap_or_else(std::env::temp_dir).join("dist/kernels"))
+}

@@ -1,0 +1,70 @@
+//! What this GPU can do at best: moving memory, and multiplying with the kernels that there are.
+
+use dist_core::DType;
+
+use super::backend::CudaBackend;
+use super::driver::Event;
+use crate::args::{Epilogue, K_SEGMENTS, LinearArgs, Prologue, Then};
+use crate::backend::Backend;
+use crate::error::Result;
+use crate::weight::{Layout, Weight, WeightPart};
+
+/// Bytes of a copy: far beyond the L2 cache.
+const COPY_BYTES: usize = 1 << 30;
+/// Side of a product: what is larger is no faster.
+const SIDE: usize = 8192;
+const PASSES: usize = 5;
+
+impl CudaBackend {
+    /// Bytes a second that a copy on the GPU reads and writes, and the bytes of a pass. It takes as much memory for
+    /// itself, less where less is free.
+    pub fn copy_rate(&mut self) -> Result<(f64, u64)> {
+        let (free, _) = self.memory()?;
+        let n_bytes = COPY_BYTES.min(free / 4);
+        let src = self.context.alloc("a copy to measure", n_bytes)?;
+        let mut dst = self.context.alloc("a copy to measure", n_bytes)?;
+        let ms = self.least_ms(|backend| Ok(backend.stream.copy(&mut dst, 0, &src, 0, n_bytes)?))?;
+        Ok((2.0 * n_bytes as f64 / (f64::from(ms) / 1e3), 2 * n_bytes as u64))
+    }
+
+    /// Multiplications and additions a second of a large product of `dtype`.
+    pub fn multiply_rate(&mut self, dtype: DType) -> Result<f64> {
+        let len = SIDE * SIDE;
+        // Numbers as models have them: zeros would be multiplied faster.
+        let values: Vec<u16> = (0..len as u32).map(|i| (i.wrapping_mul(0x9E37_79B9) >> 20) as u16 | 0x3800).collect();
+        let mut x = self.alloc("a product to measure", dtype, len)?;
+        self.upload(&mut x, 0, bytemuck::cast_slice(&values))?;
+        let mut data = self.alloc("a product to measure", dtype, len)?;
+        self.upload(&mut data, 0, bytemuck::cast_slice(&values))?;
+        let mut out = self.alloc("a product to measure", dtype, len)?;
+        let parts = vec![WeightPart { data, n: SIDE, ld: SIDE }];
+        let weight = Weight { parts, dtype, layout: Layout::Nk, n: SIDE, k: SIDE };
+        let ms = self.least_ms(|backend| {
+            backend.linear(LinearArgs {
+                out: &mut out,
+                x: &x,
+                weight: &weight,
+                rows: SIDE,
+                k_segments: K_SEGMENTS,
+                prologue: Prologue::None,
+                epilogue: Epilogue { bias: None, then: Then::Store },
+            })
+        })?;
+        Ok(2.0 * (SIDE as f64).powi(3) / (f64::from(ms) / 1e3))
+    }
+
+    /// The least of a few times that `work` takes, after one that does not count.
+    fn least_ms(&mut self, mut work: impl FnMut(&mut Self) -> Result<()>) -> Result<f32> {
+        work(self)?;
+        let mut least = f32::INFINITY;
+        for _ in 0..PASSES {
+            let [start, end]: [Event; 2] = [self.context.timed_event()?, self.context.timed_event()?];
+            self.stream.record(&start)?;
+            work(self)?;
+            self.stream.record(&end)?;
+            end.synchronize()?;
+            least = least.min(end.ms_since(&start)?);
+        }
+        Ok(least)
+    }
+}
