@@ -1,15 +1,28 @@
 //! NVIDIA GPUs. Nothing of CUDA is needed to build or to start this program: libraries are found and opened at run time
 //! ([`libraries`]), kernels are compiled for the GPU that is found ([`compile`], [`nvrtc`]) and kept on disk
 //! ([`cache`]), the driver is called through a thin layer ([`driver`]), and weights go to
-//! the GPU past the readers of [`staging`].
+//! the GPU past the readers of [`staging`]. [`CudaBackend`] runs the steps of a decoder with all of it.
 
+mod args;
+pub mod backend;
+mod buf;
 pub mod cache;
+mod ceiling;
+mod choice;
 pub mod compile;
 pub mod driver;
+mod inputs;
+mod launch;
 pub mod libraries;
+mod loaded;
 pub mod nvrtc;
+mod sample;
 pub mod staging;
 pub mod units;
+mod weight;
+
+pub use backend::{CudaBackend, CudaOptions};
+pub use buf::CudaBuf;
 
 #[cfg(test)]
 mod test_support;

@@ -107,7 +107,7 @@ fn bound(dtype: DType) -> f64 {
 
 #[test]
 fn attention() {
-    let Some((_one, mut gpu)) = gpu() else { return };
+    let Some((_one, mut gpu)) = gpu("attention") else { return };
     let (mut cpu, mut random) = (cpu(), Random::new());
     let decode: &[Seq] = &[(1, 1), (1, 15), (1, 16), (1, 17), (1, 100), (1, 700), (1, 33)];
     let ragged: &[Seq] = &[(3, 50), (7, 333), (9, 9), (1, 48)];
@@ -137,7 +137,7 @@ fn attention() {
 
 #[test]
 fn a_page_size_that_is_no_multiple_of_16_works_too() {
-    let Some((_one, mut gpu)) = gpu() else { return };
+    let Some((_one, mut gpu)) = gpu("a_page_size_that_is_no_multiple_of_16_works_too") else { return };
     let (mut cpu, mut random) = (cpu(), Random::new());
     let case = Case::new(&mut random, &[(1, 40), (3, 21)], (4, 2, 64), (10, None), DType::BF16);
     let (found, expected) = (case.run(&mut gpu, DType::BF16), case.run(&mut cpu, DType::F32));
@@ -146,7 +146,7 @@ fn a_page_size_that_is_no_multiple_of_16_works_too() {
 
 #[test]
 fn a_sequence_gives_the_same_bits_in_another_place_of_the_batch() {
-    let Some((_one, mut gpu)) = gpu() else { return };
+    let Some((_one, mut gpu)) = gpu("a_sequence_gives_the_same_bits_in_another_place_of_the_batch") else { return };
     let mut random = Random::new();
     let seqs = [(1, 900), (1, 33), (1, 260), (1, 16)];
     let case = Case::new(&mut random, &seqs, (8, 8, 128), (16, None), DType::BF16);

@@ -78,7 +78,7 @@ impl Product {
 
 #[test]
 fn linear() {
-    let Some((_one, mut gpu)) = gpu() else { return };
+    let Some((_one, mut gpu)) = gpu("linear") else { return };
     let (mut cpu, mut random) = (cpu(), Random::new());
     let shapes = [(40, 136), (104, 64), (777, 1032), (2304, 768), (96, 3072), (77, 33), (52, 6)];
     let functions =
@@ -103,7 +103,7 @@ fn linear() {
 
 #[test]
 fn a_row_gives_the_same_bits_alone_and_among_others() {
-    let Some((_one, mut gpu)) = gpu() else { return };
+    let Some((_one, mut gpu)) = gpu("a_row_gives_the_same_bits_alone_and_among_others") else { return };
     let mut random = Random::new();
     for rows in [8, 16, 32, 64, 200] {
         for (n, k) in [(777, 1032), (3072, 768)] {
@@ -161,7 +161,7 @@ fn append<B: Backend>(
 
 #[test]
 fn linear_appends_keys_and_values() {
-    let Some((_one, mut gpu)) = gpu() else { return };
+    let Some((_one, mut gpu)) = gpu("linear_appends_keys_and_values") else { return };
     let (mut cpu, mut random) = (cpu(), Random::new());
     for (i, rows) in [1, 5, 16, 33, 64, 90].into_iter().enumerate() {
         for (n_heads, n_kv_heads, d_head) in [(6, 2, 64), (4, 4, 16), (6, 6, 8)] {
@@ -229,7 +229,7 @@ impl Rows<'_> {
 
 #[test]
 fn add_bias_norm() {
-    let Some((_one, mut gpu)) = gpu() else { return };
+    let Some((_one, mut gpu)) = gpu("add_bias_norm") else { return };
     let (mut cpu, mut random) = (cpu(), Random::new());
     let mut i = 0;
     for d in [7, 48, 64, 65, 768, 1001, 4096, 8192, 8200, 12288] {
@@ -299,7 +299,7 @@ impl Tables {
 
 #[test]
 fn embed_gather_and_add_bias() {
-    let Some((_one, mut gpu)) = gpu() else { return };
+    let Some((_one, mut gpu)) = gpu("embed_gather_and_add_bias") else { return };
     let (mut cpu, mut random) = (cpu(), Random::new());
     for (i, d) in [48, 30, 77, 64, 4096].into_iter().enumerate() {
         let dtype = TYPES[i % 2];
@@ -351,7 +351,7 @@ fn add_bias<B: Backend>(backend: &mut B, act: DType, x: &[f32], bias: &[f32]) ->
 
 #[test]
 fn a_graph_gives_the_bits_of_its_steps() {
-    let Some((_one, mut gpu)) = gpu() else { return };
+    let Some((_one, mut gpu)) = gpu("a_graph_gives_the_bits_of_its_steps") else { return };
     let mut random = Random::new();
     let (rows, d, dtype) = (5, 768, DType::BF16);
     let product = Product::new(&mut random, (rows, 3 * d, d), dtype);
@@ -395,7 +395,7 @@ fn a_graph_gives_the_bits_of_its_steps() {
 
 #[test]
 fn what_does_not_fit_is_named() {
-    let Some((_one, mut gpu)) = gpu() else { return };
+    let Some((_one, mut gpu)) = gpu("what_does_not_fit_is_named") else { return };
     let (free, all) = gpu.memory().unwrap();
     assert!(free > 0 && free <= all);
     let error = gpu.alloc("the key cache", DType::U8, all + 1).unwrap_err();
@@ -412,7 +412,7 @@ fn what_does_not_fit_is_named() {
 
 #[test]
 fn weights_in_f32_are_refused_or_cast() {
-    let Some((_one, mut plain)) = gpu() else { return };
+    let Some((_one, mut plain)) = gpu("weights_in_f32_are_refused_or_cast") else { return };
     let bytes = HostBytes::new([1.0_f32, -2.5, 3.0, 4.0].iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
     let host = || HostWeight {
         parts: vec![HostPart { bytes: bytes.clone(), offset: 0, n: 2, ld: 2 }],

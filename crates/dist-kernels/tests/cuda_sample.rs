@@ -110,7 +110,7 @@ fn assert_close(what: &str, found: &[f32], expected: &[f32]) {
 
 #[test]
 fn the_gpu_draws_what_the_cpu_draws() {
-    let Some((_one, mut gpu)) = gpu() else { return };
+    let Some((_one, mut gpu)) = gpu("the_gpu_draws_what_the_cpu_draws") else { return };
     let (mut cpu, mut random) = (cpu(), Random::new());
     for (n_vocab, padding, n_rows, n_top) in [
         (1, 3, 9, 1),

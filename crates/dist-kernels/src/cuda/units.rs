@@ -95,8 +95,33 @@ pub const UNITS: &[Unit] = &[
         ],
         archs: GENERAL,
     },
+    Unit { name: "gemm", files: &[LINEAR_PARTS, source_file!("gemm.cu")], variants: &[], archs: GENERAL },
+    Unit {
+        name: "gemm_hopper",
+        files: &[LINEAR_PARTS, source_file!("gemm_hopper.cu")],
+        variants: &[
+            variant("GEMM", "gemm_hopper_t128x64", &[128, 64]),
+            variant("GEMM", "gemm_hopper_t128x128", &[128, 128]),
+            variant("GEMM", "gemm_hopper_t128x256", &[128, 256]),
+            variant("GEMM", "gemm_hopper_t256x128", &[256, 128]),
+        ],
+        archs: HOPPER,
+    },
+    Unit {
+        name: "attention_prefill",
+        files: &[source_file!("attention_prefill.cuh"), source_file!("attention_prefill.cu")],
+        variants: &[
+            variant("ATTENTION_PREFILL", "attention_prefill_d64", &[64, 2, 64]),
+            variant("ATTENTION_PREFILL", "attention_prefill_d80", &[80, 2, 64]),
+            variant("ATTENTION_PREFILL", "attention_prefill_d96", &[96, 2, 32]),
+            variant("ATTENTION_PREFILL", "attention_prefill_d128", &[128, 2, 32]),
+        ],
+        archs: GENERAL,
+    },
     Unit { name: "norm", files: &[source_file!("norm.cu")], variants: &[], archs: GENERAL },
     Unit { name: "rows", files: &[source_file!("rows.cu")], variants: &[], archs: GENERAL },
+    Unit { name: "attention_any", files: &[source_file!("attention_any.cu")], variants: &[], archs: GENERAL },
+    Unit { name: "sample", files: &[source_file!("sample.cu")], variants: &[], archs: GENERAL },
 ];
 
 impl Unit {

@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used)] // A test stops at what should not happen.
 #![allow(dead_code)] // Each test file uses its part.
 
+use std::fs::OpenOptions;
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -32,13 +34,17 @@ static ONE: Mutex<()> = Mutex::new(());
 
 /// The GPU, as long as the first value is kept; `None`, and a loud line, where there is none. Where there must be one
 /// (`DIST_REQUIRE_GPU`) that is a failure.
-pub(crate) fn gpu() -> Option<(MutexGuard<'static, ()>, CudaBackend)> {
+pub(crate) fn gpu(test: &str) -> Option<(MutexGuard<'static, ()>, CudaBackend)> {
     let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     match CudaBackend::new(options(None)) {
         Ok(backend) => Some((one, backend)),
         Err(KernelError::Cuda(error @ (CudaError::Library(_) | CudaError::NoGpu))) => {
             assert!(std::env::var_os("DIST_REQUIRE_GPU").is_none(), "DIST_REQUIRE_GPU is set, but {error}");
-            eprintln!("SKIPPED, this test needs a GPU: {error}");
+            eprintln!("SKIPPED: {test}: {error}");
+            if let Some(log) = std::env::var_os("DIST_SKIP_LOG") {
+                let mut log = OpenOptions::new().append(true).create(true).open(log).unwrap();
+                writeln!(log, "{test} {error}").unwrap();
+            }
             None
         }
         Err(error) => panic!("{error}"),
