@@ -65,9 +65,8 @@ pub(super) struct Scratch {
     /// Parts of contexts, and who of a tile is done.
     pub(super) attention: Option<DeviceMemory>,
     pub(super) counters: Option<DeviceMemory>,
-    /// Parts of rows of logits, and who of a row is done.
+    /// Sums of parts of rows of logits.
     pub(super) sample: Option<DeviceMemory>,
-    pub(super) tickets: Option<DeviceMemory>,
     /// What a step's rows ask of sampling.
     pub(super) rows: Option<DeviceMemory>,
     pub(super) changes: Option<DeviceMemory>,

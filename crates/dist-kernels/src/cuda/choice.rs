@@ -198,6 +198,21 @@ pub(super) fn decode(shape: DecodeShape, n_sms: usize) -> Option<Decode> {
     Some(Decode { splits, tiles, part_floats: DECODE_ENTRIES * (shape.d_head + 2) })
 }
 
+/// Tokens that are worth a block of `sample`.
+const SAMPLE_TOKENS: usize = 4096;
+/// What every Hopper GPU takes for a cluster.
+const CLUSTER_MAX: usize = 8;
+
+/// Blocks that share a row of `sample`: while the GPU has room for them, and each has enough to do. What a row gives does
+/// not depend on their number.
+pub(super) fn sample_blocks(rows: usize, n_vocab: usize, n_sms: usize, has_clusters: bool) -> usize {
+    let mut blocks = 1;
+    while has_clusters && blocks < CLUSTER_MAX && 2 * blocks * rows <= n_sms && blocks * SAMPLE_TOKENS < n_vocab {
+        blocks *= 2;
+    }
+    blocks
+}
+
 /// A kernel of `add_bias_norm` without its type, and its threads; `None` for rows that are too long.
 pub(super) fn norm(d: usize) -> Option<(&'static str, u32)> {
     let (symbol, per_thread) = match d {
@@ -270,6 +285,16 @@ mod tests {
             let first = streaming(*bucket.start(), 4096, 132, true);
             assert!(bucket.clone().all(|rows| streaming(rows, 4096, 132, true) == first), "{bucket:?}");
         }
+    }
+
+    #[test]
+    fn rows_of_logits_are_shared_where_there_is_room() {
+        assert_eq!(sample_blocks(1, 50257, 132, true), 8);
+        assert_eq!(sample_blocks(16, 50257, 132, true), 8);
+        assert_eq!(sample_blocks(64, 50257, 132, true), 2);
+        assert_eq!(sample_blocks(256, 50257, 132, true), 1);
+        assert_eq!(sample_blocks(1, 300, 132, true), 1);
+        assert_eq!(sample_blocks(1, 50257, 108, false), 1);
     }
 
     #[test]

@@ -4,10 +4,10 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::args::SampleRow;
 
-/// Tokens of a chunk: one block's part of a row, see `sample.cu`.
-pub(super) const CHUNK: usize = 8192;
+/// Tokens that a warp sums up at once, see `sample.cu`.
+pub(super) const CHUNK: usize = 1024;
 /// The largest vocabulary that the kernel takes.
-pub(super) const MAX_VOCAB: usize = 64 * CHUNK;
+pub(super) const MAX_VOCAB: usize = 512 * CHUNK;
 /// The most likeliest tokens that the kernel reports.
 pub(super) const MAX_TOP: usize = 1024;
 /// Bytes of the kernel's scratch for a chunk.
