@@ -4,44 +4,54 @@
 // Layout: weight [n, k] and x [rows, k], both 16-byte aligned with strides that are multiples of 16 bytes; out [rows, n].
 // Any rows, n; k a multiple of 8. Bound by the tensor cores from about 300 rows on, below by reading the weight.
 //
-// A block owns tiles of BM rows × BN outputs. One thread asks for stages of 64 inputs; two groups of four warps multiply,
-// each with half of the tile's rows, and keep the sums in registers. While they store a tile, the thread is asking for
-// the next one. Sums go through shared memory, a warp's own 16 rows at a time, so that stores are whole lines and the
-// residual is read in whole lines.
+// A block owns tiles of BM rows × BN outputs. Two threads ask for stages of 64 inputs, one for the weight and one for x;
+// two groups of four warps multiply, each with half of the tile's rows, and keep the sums in registers. Where out allows
+// it (16 bits, n a multiple of 8) a warp rounds its sums into shared memory and the copy engine stores them while the
+// next tile is multiplied; else they go through shared memory in f32, so that stores are as wide as n allows.
 //
 // A cluster is rows_of_cluster × columns_of_cluster tiles, times `splits` parts of k. Blocks beside each other share the
 // rows of x, blocks below each other the rows of the weight: each asks for its slice and the copy engine gives it to all.
-// Blocks that share a tile's k add their sums over distributed shared memory in the order of k. Which parts k has depends
-// on k and `splits` alone, and rows never meet: what a row gives does not depend on the other rows.
+// Blocks that share a tile's k add their sums over distributed shared memory in the order of k. Which parts k has, and
+// where a tile begins in its part, depends on k, `splits` and the column alone, and rows never meet: what a row gives
+// does not depend on the other rows.
 //
-// Tiles are taken in groups of `group` clusters of rows, rows first, so that what runs at once shares what L2 holds.
+// Tiles are taken in groups of `group` clusters of rows, rows first, so that what runs at once shares what L2 holds. With
+// `spread` tiles begin at different places of k, so that few rows of x are not all asked of the same part of L2 at once.
 //
-// Launch: grid a multiple of the cluster's size, at most what fits at once (all tiles where splits > 1); 384 threads;
-// cluster (rows_of_cluster · columns_of_cluster · splits, 1, 1); shared memory: the module's integer `<symbol>_shared`.
-// Parameters: GemmArgs, then two tensor maps of 16-bit elements with 128-byte swizzle: x [rows, k] with boxes of 64 ×
-// BM / columns_of_cluster, the weight [n, k] with boxes of 64 × BN / rows_of_cluster; both heights multiples of 8.
+// Launch: grid a multiple of the cluster's size, at most what fits at once (exactly all tiles where splits > 1);
+// threads: the module's integer `<symbol>_threads`; cluster (rows_of_cluster · columns_of_cluster · splits, 1, 1), at most 8 blocks; splits at most
+// div_ceil(k, 64); shared memory: the module's integer `<symbol>_shared`. Parameters: GemmArgs, then three tensor maps of
+// 16-bit elements: x [rows, k] with boxes of 64 × BM / columns_of_cluster and the weight [n, k] with boxes of
+// 64 × BN / rows_of_cluster, both 128-byte swizzled, heights multiples of 8; out [rows, n] with boxes of P × 16, P being
+// the module's integer `<symbol>_part`, with a swizzle of 2 · P bytes (not read where the copy engine does not store).
 
 struct GemmArgs {
     LinearArgs linear;  // `units` and `slots_of_ring` are not used
     int rows_of_cluster, columns_of_cluster, splits;
-    int group;
+    int group, spread;
 };
 
-template <int BM_, int BN_>
+// BLOCKS of them share a multiprocessor. The copy engine stores PART outputs of a warp's 16 rows at once; warps finish
+// UNIT outputs at a time, so that those and all sums fit in the registers.
+template <int BM_, int BN_, int BLOCKS_ = 1>
 struct GemmShape {
-    static constexpr int BM = BM_, BN = BN_, MI = BM / 128;  // products of 64 rows of a group of warps
+    static constexpr int BM = BM_, BN = BN_, BLOCKS = BLOCKS_, MI = BM / 128;  // products of 64 rows of a group of warps
+    static constexpr int PART = BN % 64 == 0 && BLOCKS == 1 ? 64 : 32;
+    static constexpr int UNIT = 32, UNITS = BN / UNIT, UNITS_OF_PART = PART / UNIT;
     static constexpr int STAGE = (BM + BN) * 128, A_BYTES = BM * 128;
-    static constexpr int STAGING = 8 * 16 * 64 * 4;  // a warp's 16 rows × 64 outputs
-    static constexpr int FIT = (232448 - STAGING - 256) / STAGE, S = FIT < 8 ? FIT : 8;
-    static constexpr int STAGING_AT = S * STAGE, BARRIERS = STAGING_AT + STAGING, SHARED = BARRIERS + 2 * S * 8;
-    static constexpr bool SPLITS = BM * BN * 4 <= S * STAGE;  // whether the sums fit in the ring
-    static_assert(BM % 128 == 0 && BN % 32 == 0 && S >= 3, "shape");
+    static constexpr int STAGING = 64 * PART;  // of a warp: two parts in 16 bits, or a unit in f32
+    static constexpr int ROOM = BLOCKS == 1 ? 232448 : 115712, FIT = (ROOM - 8 * STAGING - 256) / STAGE;
+    static constexpr int S = FIT < 8 ? FIT : 8;
+    static constexpr int STAGING_AT = S * STAGE, BARRIERS = STAGING_AT + 8 * STAGING, SHARED = BARRIERS + 2 * S * 8;
+    static constexpr int THREADS = BLOCKS == 1 ? 384 : 320;
+    static constexpr int LANES = UNIT / 4, SWEEP = 32 / LANES;  // threads of a row, rows at once, where threads store
+    static_assert(BM % 128 == 0 && BN % 32 == 0 && S >= 3 && BM * BN * 4 <= S * STAGE, "shape");
 };
 
 // A tile of 128-byte rows in the 128-byte swizzle, eight rows to 1,024 bytes.
-DEVICE u64 tile_descriptor(u32 address) {
-    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
-}
+// Here its lower half; adding n moves it by 16 · n bytes.
+DEVICE u32 tile_descriptor(u32 address) { return ((address & 0x3ffff) >> 4) | 1 << 16; }
+DEVICE u64 descriptor(u32 low) { return (u64)(64 | 1 << 30) << 32 | low; }
 
 // The box of `map` at (x, y) to the same place in the shared memory of every block of `mask`.
 DEVICE void copy_box_to(u32 to, const TensorMap* map, int x, int y, u32 barrier, u16 mask) {
@@ -60,12 +70,25 @@ DEVICE void slot_wait(u32 barrier, int parity) {
         "r"(parity)
         : "memory");
 }
-DEVICE void slot_release_at(u32 barrier, u32 rank) {
-    asm volatile(
-        "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
-        " mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
+// `barrier` is an address of the cluster.
+DEVICE void slot_release(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+DEVICE u32 cluster_address(u32 address, u32 rank) {
+    u32 remote;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    return remote;
+}
+// One thread of a warp, always the same.
+DEVICE bool elected() {
+    u32 is;
+    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(is));
+    return is != 0;
+}
+// What this thread gave the copy engine to store: all but the last N have been read from shared memory.
+template <int N>
+DEVICE void stores_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
 // A barrier of the cluster that makes no writes visible.
 DEVICE void cluster_meet() {
@@ -123,6 +146,20 @@ DEVICE void hold(float (&c)[N]) {
     for (int i = 0; i < N; i += 4) asm volatile("" : SUMS4(i)::"memory");
 }
 
+// Four 8 × 8 matrices of 16 bits to shared memory: lane l gives the address of row l % 8 of matrix l / 8.
+DEVICE void store_matrices(u32 to, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c),
+                 "r"(d)
+                 : "memory");
+}
+
+// Where 8 outputs of a row lie in a box of PART × 16 that the copy engine stores.
+template <class Sh>
+DEVICE u32 piece_of(int row, int piece) {
+    if constexpr (Sh::PART == 64) return row * 128 + ((piece ^ (row & 7)) << 4);
+    return row * 64 + ((piece ^ (row >> 1 & 3)) << 4);
+}
+
 // What a block knows of its place.
 struct GemmPlace {
     int m, n, split;    // tile inside the cluster, and which part of k
@@ -152,55 +189,46 @@ DEVICE GemmPlace gemm_place(const GemmArgs& args) {
     return place;
 }
 
-// The first row and the first output of this block's tile of tiles `tile`.
+// The first row and the first output of this block's tile, and the stage of k at which it begins.
+struct GemmCorner {
+    int row, column, start;
+};
+
 template <class Sh>
-DEVICE int2 corner_of(const GemmArgs& args, const GemmPlace& place, int tile) {
+DEVICE GemmCorner corner_of(const GemmArgs& args, const GemmPlace& place, int tile) {
     int columns = place.tiles / place.groups_of_rows, per_group = args.group * columns;
     int group = tile / per_group, first = group * args.group;
     int rows = min_of(args.group, place.groups_of_rows - first), at = tile - group * per_group;
-    int m = (first + at % rows) * args.rows_of_cluster + place.m, n = at / rows * args.columns_of_cluster + place.n;
-    return make_int2(m * Sh::BM, n * Sh::BN);
+    int column = at / rows, m = (first + at - column * rows) * args.rows_of_cluster + place.m;
+    int start = args.spread ? (int)__umulhi(column * 0x9E3779B9u, place.stages) : 0;
+    return {m * Sh::BM, (column * args.columns_of_cluster + place.n) * Sh::BN, start};
 }
 
-// The thread that asks.
-template <class Sh>
-DEVICE void gemm_fill(const GemmArgs& args, const GemmPlace& place, const TensorMap* x_map, const TensorMap* weight_map,
-                      u32 ring, u32 full, u32 empty) {
-    int cm = args.rows_of_cluster, cn = args.columns_of_cluster;
-    int x_rows = Sh::BM / cn * place.n, weight_rows = Sh::BN / cm * place.m;
-    u32 x_at = ring + x_rows * 128, weight_at = ring + Sh::A_BYTES + weight_rows * 128;
-    auto ask_x = [&](int2 corner, int stage, int slot) {
-        int k = (place.first + stage) * 64, row = corner.x + x_rows;
-        if (cn > 1) copy_box_to(x_at + slot * Sh::STAGE, x_map, k, row, full + slot * 8, place.x_mask);
-        else copy_box(x_at + slot * Sh::STAGE, x_map, k, row, full + slot * 8);
-    };
-    auto ask_weight = [&](int2 corner, int stage, int slot) {
-        int k = (place.first + stage) * 64, row = corner.y + weight_rows;
-        barrier_expect(full + slot * 8, Sh::STAGE);
-        if (cm > 1) copy_box_to(weight_at + slot * Sh::STAGE, weight_map, k, row, full + slot * 8, place.weight_mask);
-        else copy_box(weight_at + slot * Sh::STAGE, weight_map, k, row, full + slot * 8);
-    };
-    // The weight of the first stages before the wait for the kernel before, whose work it does not depend on.
-    int2 corner = corner_of<Sh>(args, place, place.cluster);
-    int ahead = min_of(Sh::S, place.stages);
+// The two warps that ask: WEIGHT for the weight, which is asked for before the wait for the kernel before, on whose work
+// it does not depend; the other for x.
+template <class Sh, bool WEIGHT>
+DEVICE void gemm_fill(const GemmArgs& args, const GemmPlace& place, const TensorMap* map, u32 ring, u32 full, u32 empty) {
+    int shared_by = WEIGHT ? args.rows_of_cluster : args.columns_of_cluster;
+    int slice = (WEIGHT ? Sh::BN : Sh::BM) / shared_by * (WEIGHT ? place.m : place.n);
+    u16 mask = WEIGHT ? place.weight_mask : place.x_mask;
+    u32 to = ring + (WEIGHT ? Sh::A_BYTES : 0) + slice * 128;
+    if constexpr (!WEIGHT) wait_for_previous();
+    int slot = 0, parity = 1;
 #pragma unroll 1
-    for (int stage = 0; stage < ahead; stage++) ask_weight(corner, stage, stage);
-    wait_for_previous();
+    for (int tile = place.cluster; tile < place.tiles; tile += place.step) {
+        GemmCorner corner = corner_of<Sh>(args, place, tile);
+        int row = (WEIGHT ? corner.column : corner.row) + slice;
+        int k = (place.first + corner.start) * 64, k_end = (place.first + place.stages) * 64;
 #pragma unroll 1
-    for (int stage = 0; stage < ahead; stage++) ask_x(corner, stage, stage);
-    int slot = ahead == Sh::S ? 0 : ahead, parity = ahead == Sh::S ? 0 : 1;
-    for (int tile = place.cluster, stage = ahead;;) {
-#pragma unroll 1
-        for (; stage < place.stages; stage++) {
+        for (int stage = 0; stage < place.stages; stage++) {
             slot_wait(empty + slot * 8, parity);
-            ask_weight(corner, stage, slot);
-            ask_x(corner, stage, slot);
+            if constexpr (WEIGHT) barrier_expect(full + slot * 8, Sh::STAGE);
+            if (shared_by > 1) copy_box_to(to + slot * Sh::STAGE, map, k, row, full + slot * 8, mask);
+            else copy_box(to + slot * Sh::STAGE, map, k, row, full + slot * 8);
+            k += 64;
+            if (k == k_end) k = place.first * 64;
             if (++slot == Sh::S) slot = 0, parity ^= 1;
         }
-        tile += place.step;
-        if (tile >= place.tiles) return;
-        corner = corner_of<Sh>(args, place, tile);
-        stage = 0;
     }
 }
 
@@ -218,114 +246,222 @@ DEVICE float4 sums_of(const float* from, int row, int column, const LinearOutput
     float x[4];
 #pragma unroll
     for (int v = 0; v < 4; v++) {
-        const float* at = from + sum_at<LD>(row, column + v * 16);
+        const float* at = from + sum_at<LD>(row, column + v * outputs.stride);
         x[v] = clustered ? load_cluster(shared_address(at), rank) : *at;
     }
     return make_float4(x[0], x[1], x[2], x[3]);
 }
 
-// One part of 64 outputs of a warp's sums of 16 rows to shared memory.
-template <int N, int PART, int LD>
-DEVICE void put_sums(const float (&c)[N], float* to) {
-    int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+// Unit `unit` of a warp's sums, for a loop that is not unrolled: sums stay in registers.
+template <int N>
+DEVICE void take_unit(float (&v)[16], const float (&c)[N], int unit) {
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        if (PART * 32 + j * 4 >= N) break;
-        const float* v = c + PART * 32 + j * 4;
-        *(float2*)(to + sum_at<LD>(g, j * 8 + t * 2)) = make_float2(v[0], v[1]);
-        *(float2*)(to + sum_at<LD>(g + 8, j * 8 + t * 2)) = make_float2(v[2], v[3]);
+    for (int u = 0; u < N / 16; u++) {
+        if (unit == u) {
+#pragma unroll
+            for (int i = 0; i < 16; i++) v[i] = c[u * 16 + i];
+        }
     }
 }
 
-template <int N, int LD>
-DEVICE void put_part(const float (&c)[N], float* to, int part) {
-    if (part == 0) put_sums<N, 0, LD>(c, to);
-    if constexpr (N > 32) if (part == 1) put_sums<N, 1, LD>(c, to);
-    if constexpr (N > 64) if (part == 2) put_sums<N, 2, LD>(c, to);
-    if constexpr (N > 96) if (part == 3) put_sums<N, 3, LD>(c, to);
+// One unit of a warp's sums of 16 rows to shared memory, in f32.
+template <int LD>
+DEVICE void put_sums(const float (&v)[16], float* to) {
+    int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        *(float2*)(to + sum_at<LD>(g, j * 8 + t * 2)) = make_float2(v[j * 4], v[j * 4 + 1]);
+        *(float2*)(to + sum_at<LD>(g + 8, j * 8 + t * 2)) = make_float2(v[j * 4 + 2], v[j * 4 + 3]);
+    }
 }
 
-// Stores a warp's sums: 16 rows from `row0` on, BN outputs from `column0` on.
-template <class T, int BN>
-DEVICE void store_rows(const LinearArgs& args, const float (&c)[BN / 2], float* staging, int row0, int column0) {
-    int lane = threadIdx.x & 31, l = lane & 15;
+// Stores a warp's sums where the copy engine cannot: 16 rows from `row0` on, BN outputs from `column0` on.
+template <class T, class Sh>
+DEVICE void store_rows(const LinearArgs& args, const float (&c)[Sh::BN / 2], float* staging, int row0, int column0) {
+    int lane = threadIdx.x & 31;
 #pragma unroll 1
-    for (int part = 0; part < div_up(BN, 64); part++) {
-        put_part<BN / 2, 64>(c, staging, part);
+    for (int unit = 0; unit < Sh::UNITS; unit++) {
+        float v[16];
+        take_unit(v, c, unit);
+        put_sums<Sh::UNIT>(v, staging);
         __syncwarp();
-        int column = column0 + part * 64;
-        LinearOutputs outputs = outputs_of<T>(args, column, min_of(args.n, min_of(column + 64, column0 + BN)), l, 16);
+        int column = column0 + unit * Sh::UNIT;
+        LinearOutputs outputs =
+            outputs_of<T>(args, column, min_of(args.n, column + Sh::UNIT), lane % Sh::LANES, Sh::LANES);
         int at = outputs.column - column;
         if (outputs.n > 0) {
-#pragma unroll 1
-            for (int row = lane >> 4; row < 16; row += 8) {
-                float total[4][4];
+            int row = lane / Sh::LANES;
+            float total[4][4];
 #pragma unroll
-                for (int r = 0; r < 4; r++) {
-                    float4 v = sums_of<64>(staging, row + r * 2, at, outputs, false, 0);
-                    total[r][0] = v.x, total[r][1] = v.y, total[r][2] = v.z, total[r][3] = v.w;
-                }
-                finish_rows<T, 4>(args, outputs, row0 + row, 2, args.rows, total);
+            for (int r = 0; r < 4; r++) {
+                float4 x = sums_of<Sh::UNIT>(staging, row + r * Sh::SWEEP, at, outputs, false, 0);
+                total[r][0] = x.x, total[r][1] = x.y, total[r][2] = x.z, total[r][3] = x.w;
             }
+            finish_rows<T, 4>(args, outputs, row0 + row, Sh::SWEEP, args.rows, total);
         }
         __syncwarp();
     }
 }
 
+// Bias, activation, residual of one unit of a warp's sums, where they are: rows `row` and `row + 8`, two outputs from
+// `column` on in every eight.
+template <class T>
+DEVICE void finish_unit(const LinearArgs& args, float (&v)[16], int row, int column) {
+    constexpr int N = 16, J = N / 4;
+    u32 bias[J];
+    u32 residual[2 * J];
+    if (args.bias) {
+#pragma unroll
+        for (int j = 0; j < J; j++) bias[j] = *(const u32*)(args.bias + min_of(column + j * 8, args.n - 2));
+    }
+    if (args.residual) {
+        const u16* low = args.residual + (i64)min_of(row, args.rows - 1) * args.n;
+        const u16* high = args.residual + (i64)min_of(row + 8, args.rows - 1) * args.n;
+#pragma unroll
+        for (int j = 0; j < J; j++) {
+            int at = min_of(column + j * 8, args.n - 2);
+            residual[2 * j] = *(const u32*)(low + at);
+            residual[2 * j + 1] = *(const u32*)(high + at);
+        }
+    }
+    if (args.bias) {
+#pragma unroll
+        for (int j = 0; j < J; j++) {
+            float2 b = widen2<T>(bias[j]);
+            v[j * 4] += b.x, v[j * 4 + 1] += b.y, v[j * 4 + 2] += b.x, v[j * 4 + 3] += b.y;
+        }
+    }
+    if (args.activation == 1) {
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = gelu_tanh(v[i]);
+    } else if (args.activation == 2) {
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = gelu_erf(v[i]);
+    } else if (args.activation == 3) {
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = fmaxf(v[i], 0.0f);
+    }
+    if (args.residual) {
+#pragma unroll
+        for (int i = 0; i < 2 * J; i++) {
+            float2 r = widen2<T>(residual[i]);
+            v[i * 2] += r.x, v[i * 2 + 1] += r.y;
+        }
+    }
+}
+
+// Copies what a part has of keys and values from shared memory to the cache, 16 bytes a thread.
+template <class Sh>
+DEVICE void append_part(const LinearArgs& args, u32 box, int row0, int column0) {
+    constexpr int PIECES = Sh::PART / 8, ROWS = 32 / PIECES;
+    int lane = threadIdx.x & 31, piece = lane % PIECES;
+    int d_kv = args.n_kv_heads * args.d_head, at = column0 + piece * 8 - (args.n - 2 * d_kv);
+    if (at < 0 || at >= 2 * d_kv) return;
+    u16* cache = at < d_kv ? args.k_cache : args.v_cache;
+    at = at < d_kv ? at : at - d_kv;
+    int head = at / args.d_head, dim = at - head * args.d_head;
+#pragma unroll
+    for (int i = 0; i < 16 / ROWS; i++) {
+        int r = i * ROWS + lane / PIECES;
+        int slot = row0 + r < args.rows ? args.slots[row0 + r] : -1;
+        if (slot < 0) continue;
+        int block = slot / args.block_size, offset = slot - block * args.block_size;
+        i64 place = (((i64)block * args.n_kv_heads + head) * args.block_size + offset) * args.d_head;
+        *(uint4*)(cache + place + dim) = load_shared16(box + piece_of<Sh>(r, piece));
+    }
+}
+
+// Rounds a warp's sums into shared memory and has the copy engine store them: 16 rows from `row0` on.
+template <class T, class Sh>
+DEVICE void send_rows(const LinearArgs& args, const TensorMap* out_map, const float (&c)[Sh::BN / 2], u32 staging,
+                      int row0, int column0) {
+    int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    int row = (lane & 7) + (lane & 8), piece = lane >> 4;  // where this thread's address of four 8 × 8 matrices is
+#pragma unroll 1
+    for (int unit = 0; unit < Sh::UNITS; unit++) {
+        int column = column0 + unit * Sh::UNIT, inside = unit % Sh::UNITS_OF_PART;
+        if (inside == 0 && column >= args.n) break;
+        float v[16];
+        take_unit(v, c, unit);
+        finish_unit<T>(args, v, row0 + g, column + t * 2);
+        u32 box = staging + (unit / Sh::UNITS_OF_PART & 1) * (Sh::PART * 32);
+        if (inside == 0) {
+            if (elected()) stores_read<1>();
+            __syncwarp();
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+            const float* x = v + j * 4;
+            store_matrices(box + piece_of<Sh>(row, inside * 4 + j + piece), narrow2<T>(x[0], x[1]),
+                           narrow2<T>(x[2], x[3]), narrow2<T>(x[4], x[5]), narrow2<T>(x[6], x[7]));
+        }
+        if (inside != Sh::UNITS_OF_PART - 1) continue;
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncwarp();
+        int first = column - inside * Sh::UNIT;
+        if (elected()) {
+            asm volatile(
+                "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
+                " cp.async.bulk.commit_group;" ::"l"(out_map),
+                "r"(first), "r"(row0), "r"(box)
+                : "memory");
+        }
+        if (args.k_cache) append_part<Sh>(args, box, row0, first);
+    }
+}
+
 // Adds what the blocks that share k have in `from`, and stores this block's share of the rows.
 template <class T, class Sh>
-DEVICE void store_shared_tile(const GemmArgs& args, const GemmPlace& place, const float* from, int2 corner) {
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, l = lane & 15;
+DEVICE void store_shared_tile(const GemmArgs& args, const GemmPlace& place, const float* from, const GemmCorner& corner) {
+    constexpr int SWEEP = 8 * Sh::SWEEP;
+    int lane = threadIdx.x & 31;
     int own = place.n * args.rows_of_cluster + place.m, step = args.rows_of_cluster * args.columns_of_cluster;
-    int end = Sh::BM * (place.split + 1) / args.splits;
+    int end = Sh::BM * (place.split + 1) / args.splits, first = Sh::BM * place.split / args.splits;
 #pragma unroll 1
-    for (int part = 0; part < div_up(Sh::BN, 64); part++) {
-        int column = corner.y + part * 64;
-        LinearOutputs outputs =
-            outputs_of<T>(args.linear, column, min_of(args.linear.n, min_of(column + 64, corner.y + Sh::BN)), l, 16);
-        int at = outputs.column - corner.y;
+    for (int unit = 0; unit < Sh::UNITS; unit++) {
+        int column = corner.column + unit * Sh::UNIT;
+        LinearOutputs outputs = outputs_of<T>(args.linear, column, min_of(args.linear.n, column + Sh::UNIT),
+                                              lane % Sh::LANES, Sh::LANES);
+        int at = outputs.column - corner.column;
         if (outputs.n <= 0) continue;
 #pragma unroll 1
-        for (int row = Sh::BM * place.split / args.splits + warp * 2 + (lane >> 4); row < end; row += 64) {
-            if (corner.x + row >= args.linear.rows) break;
+        for (int row = first + threadIdx.x / Sh::LANES; row < end; row += 4 * SWEEP) {
+            if (corner.row + row >= args.linear.rows) break;
             float total[4][4] = {};
 #pragma unroll 1
             for (int split = 0; split < args.splits; split++) {
 #pragma unroll
                 for (int r = 0; r < 4; r++) {
                     // What is in rows from `end` on is not used.
-                    int one = min_of(row + r * 16, Sh::BM - 1);
+                    int one = min_of(row + r * SWEEP, Sh::BM - 1);
                     float4 v = sums_of<Sh::BN>(from, one, at, outputs, true, own + split * step);
                     total[r][0] += v.x, total[r][1] += v.y, total[r][2] += v.z, total[r][3] += v.w;
                 }
             }
-            finish_rows<T, 4>(args.linear, outputs, corner.x + row, 16, min_of(args.linear.rows, corner.x + end), total);
+            int rows = min_of(args.linear.rows, corner.row + end);
+            finish_rows<T, 4>(args.linear, outputs, corner.row + row, SWEEP, rows, total);
         }
     }
 }
 
 // The two groups of warps that multiply.
 template <class T, class Sh>
-DEVICE void gemm_multiply(const GemmArgs& args, const GemmPlace& place, u8* shared, u32 full, u32 empty) {
-    u32 ring = shared_address(shared);
+DEVICE void gemm_multiply(const GemmArgs& args, const GemmPlace& place, const TensorMap* out_map, u8* shared, u32 full,
+                          u32 empty) {
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = __shfl_sync(~0u, threadIdx.x >> 7, 0);
-    float* staging = (float*)(shared + Sh::STAGING_AT) + warp * 1024;
+    u8* staging = shared + Sh::STAGING_AT + warp * Sh::STAGING;
+    const LinearArgs& linear = args.linear;
+    bool sends = linear.n % 8 == 0 && !linear.out_f32 && (!linear.k_cache || linear.d_head % 8 == 0);
     // The blocks that this one takes slices from hear when a slot is free: its row of the cluster and its column.
-    int cm = args.rows_of_cluster, cn = args.columns_of_cluster, hears = cm + cn - 1;
-    int own = place.split * cm * cn, peer = own + (lane < cm ? place.n * cm + lane : 0);
-    if (lane >= cm) {
-        int n = lane - cm;
-        peer = own + (n >= place.n ? n + 1 : n) * cm + place.m;
-    }
-    auto release = [&](int slot) {
-        if (hears == 1) {
-            if (lane == 0) barrier_arrive(empty + slot * 8);
-        } else if (lane < hears) {
-            slot_release_at(empty + slot * 8, peer);
-        }
-    };
+    int cm = args.rows_of_cluster, cn = args.columns_of_cluster;
+    bool tells = lane < cm + cn - 1;
+    int peer = lane < cm ? place.n * cm + lane : (lane - cm + (lane - cm >= place.n)) * cm + place.m;
+    u32 peer_empty = cluster_address(empty, tells ? place.split * cm * cn + peer : 0);
+    u32 x0 = tile_descriptor(shared_address(shared) + group * (Sh::MI * 8192));
+    u32 weight0 = tile_descriptor(shared_address(shared) + Sh::A_BYTES);
     float sums[Sh::MI][Sh::BN / 2];
     int slot = 0, parity = 0;
+#pragma unroll 1
     for (int tile = place.cluster; tile < place.tiles; tile += place.step) {
         int last = 0;
 #pragma unroll
@@ -333,20 +469,20 @@ DEVICE void gemm_multiply(const GemmArgs& args, const GemmPlace& place, u8* shar
 #pragma unroll 1
         for (int stage = 0; stage < place.stages; stage++) {
             slot_wait(full + slot * 8, parity);
-            u32 x = ring + slot * Sh::STAGE + group * (Sh::MI * 8192), weight = ring + slot * Sh::STAGE + Sh::A_BYTES;
+            u32 x = x0 + slot * (Sh::STAGE / 16), weight = weight0 + slot * (Sh::STAGE / 16);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
             for (int step = 0; step < 4; step++) {
 #pragma unroll
                 for (int m = 0; m < Sh::MI; m++) {
-                    wgmma<T, Sh::BN>(sums[m], tile_descriptor(x + m * 8192 + step * 32),
-                                     tile_descriptor(weight + step * 32), step > 0 || stage > 0);
+                    wgmma<T, Sh::BN>(sums[m], descriptor(x + m * 512 + step * 2), descriptor(weight + step * 2),
+                                     step > 0 || stage > 0);
                 }
             }
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
             if (stage > 0) {
                 asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                release(last);
+                if (tells) slot_release(peer_empty + last * 8);
             }
             last = slot;
             if (++slot == Sh::S) slot = 0, parity ^= 1;
@@ -354,42 +490,47 @@ DEVICE void gemm_multiply(const GemmArgs& args, const GemmPlace& place, u8* shar
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
         for (int m = 0; m < Sh::MI; m++) hold(sums[m]);
-        release(last);
-        int2 corner = corner_of<Sh>(args, place, tile);
-        if (Sh::SPLITS && args.splits > 1) {
+        if (tells) slot_release(peer_empty + last * 8);
+        GemmCorner corner = corner_of<Sh>(args, place, tile);
+        int row0 = group * (Sh::MI * 64) + (warp & 3) * 16;
+        if (args.splits > 1) {
             // Both groups are done with the ring, and nothing more comes into it.
             sync_256();
 #pragma unroll
             for (int m = 0; m < Sh::MI; m++) {
-                float* rows = (float*)shared + (group * (Sh::MI * 64) + m * 64 + (warp & 3) * 16) * Sh::BN;
+                float* rows = (float*)shared + (row0 + m * 64) * Sh::BN;
 #pragma unroll
-                for (int part = 0; part < div_up(Sh::BN, 64); part++) {
-                    put_part<Sh::BN / 2, Sh::BN>(sums[m], rows + part * 64, part);
+                for (int unit = 0; unit < Sh::UNITS; unit++) {
+                    float v[16];
+                    take_unit(v, sums[m], unit);
+                    put_sums<Sh::BN>(v, rows + unit * Sh::UNIT);
                 }
             }
             cluster_arrive();
             cluster_wait();
             store_shared_tile<T, Sh>(args, place, (const float*)shared, corner);
-        } else {
+            continue;
+        }
 #pragma unroll
-            for (int m = 0; m < Sh::MI; m++) {
-                int row = corner.x + group * (Sh::MI * 64) + m * 64 + (warp & 3) * 16;
-                if (row < args.linear.rows) store_rows<T, Sh::BN>(args.linear, sums[m], staging, row, corner.y);
-            }
+        for (int m = 0; m < Sh::MI; m++) {
+            int row = corner.row + row0 + m * 64;
+            if (row >= linear.rows) continue;
+            if (sends) send_rows<T, Sh>(linear, out_map, sums[m], shared_address(staging), row, corner.column);
+            else store_rows<T, Sh>(linear, sums[m], (float*)staging, row, corner.column);
         }
     }
+    // Shared memory must last until the copy engine has read it.
+    if (elected()) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 template <class T, class Sh>
-DEVICE void gemm(const GemmArgs& args, const TensorMap* x_map, const TensorMap* weight_map) {
+DEVICE void gemm(const GemmArgs& args, const TensorMap* x_map, const TensorMap* weight_map, const TensorMap* out_map) {
     extern __shared__ __align__(1024) u8 shared[];
-    u32 full = shared_address(shared + Sh::BARRIERS), empty = full + Sh::S * 8;
+    u32 full = shared_address(shared + Sh::BARRIERS), empty = full + Sh::S * 8, ring = shared_address(shared);
     int size = args.rows_of_cluster * args.columns_of_cluster * args.splits;
     let_next_start();
-    if (threadIdx.x == 256) {
-        prefetch_map(x_map);
-        prefetch_map(weight_map);
-    }
+    if (threadIdx.x == 256) prefetch_map(weight_map);
+    if (threadIdx.x == 288) prefetch_map(x_map);
     if (threadIdx.x == 0) {
         for (int i = 0; i < Sh::S; i++) {
             barrier_init(full + i * 8, 1);
@@ -401,27 +542,34 @@ DEVICE void gemm(const GemmArgs& args, const TensorMap* x_map, const TensorMap* 
     __syncthreads();
     if (size > 1) cluster_meet();
     if (threadIdx.x >= 256) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x == 256) gemm_fill<Sh>(args, place, x_map, weight_map, shared_address(shared), full, empty);
+        if constexpr (Sh::BLOCKS == 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
+        if (warp == 8) {
+            if (elected()) gemm_fill<Sh, true>(args, place, weight_map, ring, full, empty);
+        } else if (warp == 9) {
+            if (elected()) gemm_fill<Sh, false>(args, place, x_map, ring, full, empty);
+        }
         __syncwarp();
         if (args.splits > 1) {
             cluster_arrive();
             cluster_wait();
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        if constexpr (Sh::BLOCKS == 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         wait_for_previous();
-        gemm_multiply<T, Sh>(args, place, shared, full, empty);
+        gemm_multiply<T, Sh>(args, place, out_map, shared, full, empty);
         __syncwarp();
     }
     // Others may still write to this block's barriers or read its sums.
     if (size > 1) cluster_meet();
 }
 
-#define GEMM(name, T, ...)                                                                             \
-    KERNEL __launch_bounds__(384, 1) name(const __grid_constant__ GemmArgs args,                        \
-                                          const __grid_constant__ TensorMap x_map,                     \
-                                          const __grid_constant__ TensorMap weight_map) {              \
-        gemm<T, GemmShape<__VA_ARGS__>>(args, &x_map, &weight_map);                                    \
-    }                                                                                                  \
-    extern "C" __device__ const int name##_shared = GemmShape<__VA_ARGS__>::SHARED;
+#define GEMM(name, T, ...)                                                                                      \
+    KERNEL __launch_bounds__(GemmShape<__VA_ARGS__>::THREADS, GemmShape<__VA_ARGS__>::BLOCKS)                    \
+        name(const __grid_constant__ GemmArgs args, const __grid_constant__ TensorMap x_map,                    \
+             const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap out_map) {         \
+        gemm<T, GemmShape<__VA_ARGS__>>(args, &x_map, &weight_map, &out_map);                                   \
+    }                                                                                                           \
+    extern "C" __device__ const int name##_shared = GemmShape<__VA_ARGS__>::SHARED;                             \
+    extern "C" __device__ const int name##_threads = GemmShape<__VA_ARGS__>::THREADS;                           \
+    extern "C" __device__ const int name##_part = GemmShape<__VA_ARGS__>::PART;
