@@ -11,7 +11,7 @@
 //
 // A cluster is rows_of_cluster × columns_of_cluster tiles, times `splits` parts of k. Blocks beside each other share the
 // rows of x, blocks below each other the rows of the weight: each asks for its slice and the copy engine gives it to all.
-// Blocks that share a tile's k add their sums over distributed shared memory in the order of k. Which parts k has, and
+// Blocks that share a tile's k exchange their sums over distributed shared memory; they are added in the order of k. Which parts k has, and
 // where a tile begins in its part, depends on k, `splits` and the column alone, and rows never meet: what a row gives
 // does not depend on the other rows.
 //
@@ -19,8 +19,8 @@
 // `spread` tiles begin at different places of k, so that few rows of x are not all asked of the same part of L2 at once.
 //
 // Launch: grid a multiple of the cluster's size, at most what fits at once (exactly all tiles where splits > 1);
-// threads: the module's integer `<symbol>_threads`; cluster (rows_of_cluster · columns_of_cluster · splits, 1, 1), at most 8 blocks; splits at most
-// div_ceil(k, 64); shared memory: the module's integer `<symbol>_shared`. Parameters: GemmArgs, then three tensor maps of
+// 384 threads; cluster (rows_of_cluster · columns_of_cluster · splits, 1, 1), at most 8 blocks; splits at most 4
+// and at most div_ceil(k, 64), 1 for the largest tiles, 128 × 256 and 256 × N; shared memory: the module's integer `<symbol>_shared`. Parameters: GemmArgs, then three tensor maps of
 // 16-bit elements: x [rows, k] with boxes of 64 × BM / columns_of_cluster and the weight [n, k] with boxes of
 // 64 × BN / rows_of_cluster, both 128-byte swizzled, heights multiples of 8; out [rows, n] with boxes of P × 16, P being
 // the module's integer `<symbol>_part`, with a swizzle of 2 · P bytes (not read where the copy engine does not store).
@@ -31,25 +31,25 @@ struct GemmArgs {
     int group, spread;
 };
 
-// BLOCKS of them share a multiprocessor. The copy engine stores PART outputs of a warp's 16 rows at once; warps finish
-// UNIT outputs at a time, so that those and all sums fit in the registers.
-template <int BM_, int BN_, int BLOCKS_ = 1>
+// The copy engine stores PART outputs of a warp's 16 rows at once; a warp finishes UNIT outputs at a time, so that those
+// and all sums fit in the registers.
+template <int BM_, int BN_>
 struct GemmShape {
-    static constexpr int BM = BM_, BN = BN_, BLOCKS = BLOCKS_, MI = BM / 128;  // products of 64 rows of a group of warps
-    static constexpr int PART = BN % 64 == 0 && BLOCKS == 1 ? 64 : 32;
+    static constexpr int BM = BM_, BN = BN_, MI = BM / 128;  // products of 64 rows of a group of warps
+    static constexpr int PART = BN % 64 == 0 ? 64 : 32;
     static constexpr int UNIT = 32, UNITS = BN / UNIT, UNITS_OF_PART = PART / UNIT;
     static constexpr int STAGE = (BM + BN) * 128, A_BYTES = BM * 128;
     static constexpr int STAGING = 64 * PART;  // of a warp: two parts in 16 bits, or a unit in f32
-    static constexpr int ROOM = BLOCKS == 1 ? 232448 : 115712, FIT = (ROOM - 8 * STAGING - 256) / STAGE;
+    static constexpr int FIT = (232448 - 8 * STAGING - 256) / STAGE;
     static constexpr int S = FIT < 8 ? FIT : 8;
-    static constexpr int STAGING_AT = S * STAGE, BARRIERS = STAGING_AT + 8 * STAGING, SHARED = BARRIERS + 2 * S * 8;
-    static constexpr int THREADS = BLOCKS == 1 ? 384 : 320;
-    static constexpr int LANES = UNIT / 4, SWEEP = 32 / LANES;  // threads of a row, rows at once, where threads store
-    static_assert(BM % 128 == 0 && BN % 32 == 0 && S >= 3 && BM * BN * 4 <= S * STAGE, "shape");
+    static constexpr int STAGING_AT = S * STAGE, BARRIERS = STAGING_AT + 8 * STAGING, SHARED = BARRIERS + (2 * S + 1) * 8;
+    static constexpr bool SPLITS = MI == 1 && BN < 256;  // whether blocks may share a tile's k
+    static_assert(BM % 128 == 0 && BN % 32 == 0 && S >= 3, "shape");
+    static_assert(!SPLITS || BM * (BN + 3 * UNIT) * 4 <= S * STAGE, "sums of up to four parts of k");
 };
 
-// A tile of 128-byte rows in the 128-byte swizzle, eight rows to 1,024 bytes.
-// Here its lower half; adding n moves it by 16 · n bytes.
+// A tile of 128-byte rows in the 128-byte swizzle, eight rows to 1,024 bytes. The lower half can be moved: by 16 · n bytes
+// if n is added to it.
 DEVICE u32 tile_descriptor(u32 address) { return ((address & 0x3ffff) >> 4) | 1 << 16; }
 DEVICE u64 descriptor(u32 low) { return (u64)(64 | 1 << 30) << 32 | low; }
 
@@ -232,74 +232,61 @@ DEVICE void gemm_fill(const GemmArgs& args, const GemmPlace& place, const Tensor
     }
 }
 
-// Where the sum of (row, column) lies: columns are swapped in eights, against bank conflicts.
-template <int LD>
-DEVICE int sum_at(int row, int column) { return row * LD + (column ^ ((row & 3) << 3)); }
-
-// A thread's four outputs of a row.
-template <int LD>
-DEVICE float4 sums_of(const float* from, int row, int column, const LinearOutputs& outputs, bool clustered, u32 rank) {
-    if (outputs.whole) {
-        const float* at = from + sum_at<LD>(row, column);
-        return clustered ? load_cluster4(shared_address(at), rank) : *(const float4*)at;
-    }
-    float x[4];
-#pragma unroll
-    for (int v = 0; v < 4; v++) {
-        const float* at = from + sum_at<LD>(row, column + v * outputs.stride);
-        x[v] = clustered ? load_cluster(shared_address(at), rank) : *at;
-    }
-    return make_float4(x[0], x[1], x[2], x[3]);
-}
+// Where the sum of (row, column) of a unit lies: columns are swapped in eights, against bank conflicts.
+DEVICE int sum_at(int row, int column) { return row * 32 + (column ^ ((row & 3) << 3)); }
 
 // Unit `unit` of a warp's sums, for a loop that is not unrolled: sums stay in registers.
-template <int N>
-DEVICE void take_unit(float (&v)[16], const float (&c)[N], int unit) {
+template <int MI, int N>
+DEVICE void take_unit(float (&v)[16], const float (&c)[MI][N], int unit) {
 #pragma unroll
-    for (int u = 0; u < N / 16; u++) {
+    for (int u = 0; u < MI * N / 16; u++) {
         if (unit == u) {
 #pragma unroll
-            for (int i = 0; i < 16; i++) v[i] = c[u * 16 + i];
+            for (int i = 0; i < 16; i++) v[i] = c[u / (N / 16)][u % (N / 16) * 16 + i];
         }
     }
 }
 
-// One unit of a warp's sums of 16 rows to shared memory, in f32.
-template <int LD>
-DEVICE void put_sums(const float (&v)[16], float* to) {
+// Stores one unit of a warp's sums through shared memory in f32: 16 rows from `row0` on, 32 outputs from `column` on.
+template <class T, class Sh>
+DEVICE void store_unit(const LinearArgs& args, const float (&v)[16], float* staging, int row0, int column) {
     int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        *(float2*)(to + sum_at<LD>(g, j * 8 + t * 2)) = make_float2(v[j * 4], v[j * 4 + 1]);
-        *(float2*)(to + sum_at<LD>(g + 8, j * 8 + t * 2)) = make_float2(v[j * 4 + 2], v[j * 4 + 3]);
+        *(float2*)(staging + sum_at(g, j * 8 + t * 2)) = make_float2(v[j * 4], v[j * 4 + 1]);
+        *(float2*)(staging + sum_at(g + 8, j * 8 + t * 2)) = make_float2(v[j * 4 + 2], v[j * 4 + 3]);
     }
+    __syncwarp();
+    LinearOutputs outputs = outputs_of<T>(args, column, min_of(args.n, column + Sh::UNIT), lane % 8, 8);
+    int at = outputs.column - column, row = lane / 8;
+    if (outputs.n > 0) {
+        float total[4][4];
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            if (outputs.whole) {
+                float4 x = *(const float4*)(staging + sum_at(row + r * 4, at));
+                total[r][0] = x.x, total[r][1] = x.y, total[r][2] = x.z, total[r][3] = x.w;
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; i++) total[r][i] = staging[sum_at(row + r * 4, at + i * 8)];
+            }
+        }
+        finish_rows<T, 4>(args, outputs, row0 + row, 4, args.rows, total);
+    }
+    __syncwarp();
 }
 
-// Stores a warp's sums where the copy engine cannot: 16 rows from `row0` on, BN outputs from `column0` on.
+// Stores a warp's sums where the copy engine cannot: from row `row0` and output `column0` on.
 template <class T, class Sh>
-DEVICE void store_rows(const LinearArgs& args, const float (&c)[Sh::BN / 2], float* staging, int row0, int column0) {
-    int lane = threadIdx.x & 31;
+DEVICE void store_rows(const LinearArgs& args, const float (&c)[Sh::MI][Sh::BN / 2], float* staging, int row0,
+                       int column0) {
 #pragma unroll 1
-    for (int unit = 0; unit < Sh::UNITS; unit++) {
+    for (int unit = 0; unit < Sh::MI * Sh::UNITS; unit++) {
+        int row = row0 + unit / Sh::UNITS * 64, column = column0 + unit % Sh::UNITS * Sh::UNIT;
+        if (row >= args.rows || column >= args.n) continue;
         float v[16];
         take_unit(v, c, unit);
-        put_sums<Sh::UNIT>(v, staging);
-        __syncwarp();
-        int column = column0 + unit * Sh::UNIT;
-        LinearOutputs outputs =
-            outputs_of<T>(args, column, min_of(args.n, column + Sh::UNIT), lane % Sh::LANES, Sh::LANES);
-        int at = outputs.column - column;
-        if (outputs.n > 0) {
-            int row = lane / Sh::LANES;
-            float total[4][4];
-#pragma unroll
-            for (int r = 0; r < 4; r++) {
-                float4 x = sums_of<Sh::UNIT>(staging, row + r * Sh::SWEEP, at, outputs, false, 0);
-                total[r][0] = x.x, total[r][1] = x.y, total[r][2] = x.z, total[r][3] = x.w;
-            }
-            finish_rows<T, 4>(args, outputs, row0 + row, Sh::SWEEP, args.rows, total);
-        }
-        __syncwarp();
+        store_unit<T, Sh>(args, v, staging, row, column);
     }
 }
 
@@ -371,20 +358,21 @@ DEVICE void append_part(const LinearArgs& args, u32 box, int row0, int column0) 
     }
 }
 
-// Rounds a warp's sums into shared memory and has the copy engine store them: 16 rows from `row0` on.
+// Rounds a warp's sums into shared memory and has the copy engine store them: from row `row0` and output `column0` on.
 template <class T, class Sh>
-DEVICE void send_rows(const LinearArgs& args, const TensorMap* out_map, const float (&c)[Sh::BN / 2], u32 staging,
-                      int row0, int column0) {
+DEVICE void send_rows(const LinearArgs& args, const TensorMap* out_map, const float (&c)[Sh::MI][Sh::BN / 2],
+                      u32 staging, int& turn, int row0, int column0) {
     int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     int row = (lane & 7) + (lane & 8), piece = lane >> 4;  // where this thread's address of four 8 × 8 matrices is
 #pragma unroll 1
-    for (int unit = 0; unit < Sh::UNITS; unit++) {
-        int column = column0 + unit * Sh::UNIT, inside = unit % Sh::UNITS_OF_PART;
-        if (inside == 0 && column >= args.n) break;
+    for (int unit = 0; unit < Sh::MI * Sh::UNITS; unit++) {
+        int inside = unit % Sh::UNITS_OF_PART, first_row = row0 + unit / Sh::UNITS * 64;
+        int column = column0 + unit % Sh::UNITS * Sh::UNIT, first = column - inside * Sh::UNIT;
+        if (first_row >= args.rows || first >= args.n) continue;
         float v[16];
         take_unit(v, c, unit);
-        finish_unit<T>(args, v, row0 + g, column + t * 2);
-        u32 box = staging + (unit / Sh::UNITS_OF_PART & 1) * (Sh::PART * 32);
+        finish_unit<T>(args, v, first_row + g, column + t * 2);
+        u32 box = staging + turn * (Sh::PART * 32);
         if (inside == 0) {
             if (elected()) stores_read<1>();
             __syncwarp();
@@ -398,56 +386,80 @@ DEVICE void send_rows(const LinearArgs& args, const TensorMap* out_map, const fl
         if (inside != Sh::UNITS_OF_PART - 1) continue;
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncwarp();
-        int first = column - inside * Sh::UNIT;
         if (elected()) {
             asm volatile(
                 "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
                 " cp.async.bulk.commit_group;" ::"l"(out_map),
-                "r"(first), "r"(row0), "r"(box)
+                "r"(first), "r"(first_row), "r"(box)
                 : "memory");
         }
-        if (args.k_cache) append_part<Sh>(args, box, row0, first);
+        if (args.k_cache) append_part<Sh>(args, box, first_row, first);
+        turn ^= 1;
     }
 }
 
-// Adds what the blocks that share k have in `from`, and stores this block's share of the rows.
+// The units of a tile that the block with part `split` of k stores, and the most that one stores.
+template <class Sh>
+DEVICE int first_unit(int split, int splits) { return Sh::UNITS * split / splits; }
+
+// Blocks that share a tile's k: each gives every unit of its sums to the block that stores it, as they lie in registers
+// (an asynchronous store counts on the barrier `summed` of the block that gets it), adds what it got, and stores it.
 template <class T, class Sh>
-DEVICE void store_shared_tile(const GemmArgs& args, const GemmPlace& place, const float* from, const GemmCorner& corner) {
-    constexpr int SWEEP = 8 * Sh::SWEEP;
-    int lane = threadIdx.x & 31;
-    int own = place.n * args.rows_of_cluster + place.m, step = args.rows_of_cluster * args.columns_of_cluster;
-    int end = Sh::BM * (place.split + 1) / args.splits, first = Sh::BM * place.split / args.splits;
-#pragma unroll 1
-    for (int unit = 0; unit < Sh::UNITS; unit++) {
-        int column = corner.column + unit * Sh::UNIT;
-        LinearOutputs outputs = outputs_of<T>(args.linear, column, min_of(args.linear.n, column + Sh::UNIT),
-                                              lane % Sh::LANES, Sh::LANES);
-        int at = outputs.column - corner.column;
-        if (outputs.n <= 0) continue;
-#pragma unroll 1
-        for (int row = first + threadIdx.x / Sh::LANES; row < end; row += 4 * SWEEP) {
-            if (corner.row + row >= args.linear.rows) break;
-            float total[4][4] = {};
-#pragma unroll 1
-            for (int split = 0; split < args.splits; split++) {
+DEVICE void share_sums(const GemmArgs& args, const GemmPlace& place, const float (&c)[Sh::MI][Sh::BN / 2], u8* shared,
+                       float* staging, u32 summed, int row0, const GemmCorner& corner) {
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, splits = args.splits, most = div_ceil(Sh::UNITS, splits);
+    int step = args.rows_of_cluster * args.columns_of_cluster, rank = place.n * args.rows_of_cluster + place.m;
+    int first = first_unit<Sh>(place.split, splits), end = first_unit<Sh>(place.split + 1, splits);
+    int blocks = div_ceil(max_of(0, min_of(Sh::BM, args.linear.rows - corner.row)), 16);  // of 16 rows
+    int bytes = blocks * (end - first) * splits * 2048;
+    if (threadIdx.x == 0 && bytes > 0) barrier_expect(summed, bytes);
+    // All are done with their rings, where the sums go.
+    cluster_meet();
+    u32 mine = ((place.split * Sh::MI * 8 + warp) * most) * 2048 + lane * 16, ring = shared_address(shared);
 #pragma unroll
-                for (int r = 0; r < 4; r++) {
-                    // What is in rows from `end` on is not used.
-                    int one = min_of(row + r * SWEEP, Sh::BM - 1);
-                    float4 v = sums_of<Sh::BN>(from, one, at, outputs, true, own + split * step);
-                    total[r][0] += v.x, total[r][1] += v.y, total[r][2] += v.z, total[r][3] += v.w;
-                }
+    for (int m = 0; m < Sh::MI; m++) {
+        if (row0 + m * 64 >= args.linear.rows) continue;
+#pragma unroll
+        for (int unit = 0; unit < Sh::UNITS; unit++) {
+            int owner = ((unit + 1) * splits - 1) / Sh::UNITS;
+            u32 to = ring + mine + (m * 8 * most + unit - first_unit<Sh>(owner, splits)) * 2048;
+            u32 remote = cluster_address(to, rank + owner * step), barrier = cluster_address(summed, rank + owner * step);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float* v = c[m] + unit * 16 + j * 4;
+                asm volatile(
+                    "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                        remote + j * 512),
+                    "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
+                    : "memory");
             }
-            int rows = min_of(args.linear.rows, corner.row + end);
-            finish_rows<T, 4>(args.linear, outputs, corner.row + row, SWEEP, rows, total);
         }
+    }
+    if (bytes == 0) return;
+    barrier_wait(summed, 0);
+#pragma unroll 1
+    for (int at = 0; at < Sh::MI * (end - first); at++) {
+        int m = at / (end - first), unit = first + at - m * (end - first);
+        int row = row0 + m * 64, column = corner.column + unit * Sh::UNIT;
+        if (row >= args.linear.rows || column >= args.linear.n) continue;
+        float v[16] = {};
+#pragma unroll 1
+        for (int split = 0; split < splits; split++) {
+            const u8* from = shared + ((((split * Sh::MI + m) * 8 + warp) * most + unit - first) * 2048 + lane * 16);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float4 x = *(const float4*)(from + j * 512);
+                v[j * 4] += x.x, v[j * 4 + 1] += x.y, v[j * 4 + 2] += x.z, v[j * 4 + 3] += x.w;
+            }
+        }
+        store_unit<T, Sh>(args.linear, v, staging, row, column);
     }
 }
 
 // The two groups of warps that multiply.
 template <class T, class Sh>
 DEVICE void gemm_multiply(const GemmArgs& args, const GemmPlace& place, const TensorMap* out_map, u8* shared, u32 full,
-                          u32 empty) {
+                          u32 empty, u32 summed) {
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = __shfl_sync(~0u, threadIdx.x >> 7, 0);
     u8* staging = shared + Sh::STAGING_AT + warp * Sh::STAGING;
     const LinearArgs& linear = args.linear;
@@ -460,7 +472,7 @@ DEVICE void gemm_multiply(const GemmArgs& args, const GemmPlace& place, const Te
     u32 x0 = tile_descriptor(shared_address(shared) + group * (Sh::MI * 8192));
     u32 weight0 = tile_descriptor(shared_address(shared) + Sh::A_BYTES);
     float sums[Sh::MI][Sh::BN / 2];
-    int slot = 0, parity = 0;
+    int slot = 0, parity = 0, turn = 0;
 #pragma unroll 1
     for (int tile = place.cluster; tile < place.tiles; tile += place.step) {
         int last = 0;
@@ -492,31 +504,13 @@ DEVICE void gemm_multiply(const GemmArgs& args, const GemmPlace& place, const Te
         for (int m = 0; m < Sh::MI; m++) hold(sums[m]);
         if (tells) slot_release(peer_empty + last * 8);
         GemmCorner corner = corner_of<Sh>(args, place, tile);
-        int row0 = group * (Sh::MI * 64) + (warp & 3) * 16;
-        if (args.splits > 1) {
-            // Both groups are done with the ring, and nothing more comes into it.
-            sync_256();
-#pragma unroll
-            for (int m = 0; m < Sh::MI; m++) {
-                float* rows = (float*)shared + (row0 + m * 64) * Sh::BN;
-#pragma unroll
-                for (int unit = 0; unit < Sh::UNITS; unit++) {
-                    float v[16];
-                    take_unit(v, sums[m], unit);
-                    put_sums<Sh::BN>(v, rows + unit * Sh::UNIT);
-                }
-            }
-            cluster_arrive();
-            cluster_wait();
-            store_shared_tile<T, Sh>(args, place, (const float*)shared, corner);
-            continue;
-        }
-#pragma unroll
-        for (int m = 0; m < Sh::MI; m++) {
-            int row = corner.row + row0 + m * 64;
-            if (row >= linear.rows) continue;
-            if (sends) send_rows<T, Sh>(linear, out_map, sums[m], shared_address(staging), row, corner.column);
-            else store_rows<T, Sh>(linear, sums[m], (float*)staging, row, corner.column);
+        int row0 = corner.row + group * (Sh::MI * 64) + (warp & 3) * 16;
+        if (Sh::SPLITS && args.splits > 1) {
+            share_sums<T, Sh>(args, place, sums, shared, (float*)staging, summed, row0, corner);
+        } else if (sends) {
+            send_rows<T, Sh>(linear, out_map, sums, shared_address(staging), turn, row0, corner.column);
+        } else {
+            store_rows<T, Sh>(linear, sums, (float*)staging, row0, corner.column);
         }
     }
     // Shared memory must last until the copy engine has read it.
@@ -526,7 +520,7 @@ DEVICE void gemm_multiply(const GemmArgs& args, const GemmPlace& place, const Te
 template <class T, class Sh>
 DEVICE void gemm(const GemmArgs& args, const TensorMap* x_map, const TensorMap* weight_map, const TensorMap* out_map) {
     extern __shared__ __align__(1024) u8 shared[];
-    u32 full = shared_address(shared + Sh::BARRIERS), empty = full + Sh::S * 8, ring = shared_address(shared);
+    u32 full = shared_address(shared + Sh::BARRIERS), empty = full + Sh::S * 8, summed = empty + Sh::S * 8;
     int size = args.rows_of_cluster * args.columns_of_cluster * args.splits;
     let_next_start();
     if (threadIdx.x == 256) prefetch_map(weight_map);
@@ -536,40 +530,37 @@ DEVICE void gemm(const GemmArgs& args, const TensorMap* x_map, const TensorMap* 
             barrier_init(full + i * 8, 1);
             barrier_init(empty + i * 8, 8 * (args.rows_of_cluster + args.columns_of_cluster - 1));
         }
+        barrier_init(summed, 1);
         barriers_ready();
     }
     GemmPlace place = gemm_place<Sh>(args);
     __syncthreads();
     if (size > 1) cluster_meet();
     if (threadIdx.x >= 256) {
-        if constexpr (Sh::BLOCKS == 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
         if (warp == 8) {
-            if (elected()) gemm_fill<Sh, true>(args, place, weight_map, ring, full, empty);
+            if (elected()) gemm_fill<Sh, true>(args, place, weight_map, shared_address(shared), full, empty);
         } else if (warp == 9) {
-            if (elected()) gemm_fill<Sh, false>(args, place, x_map, ring, full, empty);
+            if (elected()) gemm_fill<Sh, false>(args, place, x_map, shared_address(shared), full, empty);
         }
         __syncwarp();
-        if (args.splits > 1) {
-            cluster_arrive();
-            cluster_wait();
-        }
+        if (args.splits > 1) cluster_meet();
     } else {
-        if constexpr (Sh::BLOCKS == 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         wait_for_previous();
-        gemm_multiply<T, Sh>(args, place, out_map, shared, full, empty);
+        gemm_multiply<T, Sh>(args, place, out_map, shared, full, empty, summed);
         __syncwarp();
     }
-    // Others may still write to this block's barriers or read its sums.
+    // Others may still write to this block's barriers.
     if (size > 1) cluster_meet();
 }
 
 #define GEMM(name, T, ...)                                                                                      \
-    KERNEL __launch_bounds__(GemmShape<__VA_ARGS__>::THREADS, GemmShape<__VA_ARGS__>::BLOCKS)                    \
+    KERNEL __launch_bounds__(384, 1)                                                                             \
         name(const __grid_constant__ GemmArgs args, const __grid_constant__ TensorMap x_map,                    \
              const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap out_map) {         \
         gemm<T, GemmShape<__VA_ARGS__>>(args, &x_map, &weight_map, &out_map);                                   \
     }                                                                                                           \
     extern "C" __device__ const int name##_shared = GemmShape<__VA_ARGS__>::SHARED;                             \
-    extern "C" __device__ const int name##_threads = GemmShape<__VA_ARGS__>::THREADS;                           \
     extern "C" __device__ const int name##_part = GemmShape<__VA_ARGS__>::PART;
