@@ -1,0 +1,182 @@
+// What the GEMM of Hopper (gemm_hopper.cu) is made of: arguments, shape of a tile, barriers, products, place of a block.
+
+struct GemmArgs {
+    LinearArgs linear;  // `units` and `slots_of_ring` are not used
+    int rows_of_cluster, columns_of_cluster, splits;
+    int group, spread;
+};
+
+// The copy engine stores PART outputs of a warp's 16 rows at once; a warp finishes UNIT outputs at a time, so that those
+// and all sums fit in the registers.
+template <int BM_, int BN_>
+struct GemmShape {
+    static constexpr int BM = BM_, BN = BN_, MI = BM / 128;  // products of 64 rows of a group of warps
+    static constexpr int PART = BN % 64 == 0 ? 64 : 32;
+    static constexpr int UNIT = 32, UNITS = BN / UNIT, UNITS_OF_PART = PART / UNIT;
+    static constexpr int STAGE = (BM + BN) * 128, A_BYTES = BM * 128;
+    static constexpr int STAGING = 64 * PART;  // of a warp: two parts in 16 bits, or a unit in f32
+    static constexpr int FIT = (232448 - 8 * STAGING - 256) / STAGE;
+    static constexpr int S = FIT < 8 ? FIT : 8;
+    static constexpr int STAGING_AT = S * STAGE, BARRIERS = STAGING_AT + 8 * STAGING, SHARED = BARRIERS + (2 * S + 1) * 8;
+    static constexpr bool SPLITS = MI == 1 && BN < 256;  // whether blocks may share a tile's k
+    static_assert(BM % 128 == 0 && BN % 32 == 0 && S >= 3, "shape");
+    static_assert(!SPLITS || BM * (BN + 3 * UNIT) * 4 <= S * STAGE, "sums of up to four parts of k");
+};
+
+// A tile of 128-byte rows in the 128-byte swizzle, eight rows to 1,024 bytes. The lower half can be moved: by 16 · n bytes
+// if n is added to it.
+DEVICE u32 tile_descriptor(u32 address) { return ((address & 0x3ffff) >> 4) | 1 << 16; }
+DEVICE u64 descriptor(u32 low) { return (u64)(64 | 1 << 30) << 32 | low; }
+
+// The box of `map` at (x, y) to the same place in the shared memory of every block of `mask`.
+DEVICE void copy_box_to(u32 to, const TensorMap* map, int x, int y, u32 barrier, u16 mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+        "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(mask)
+        : "memory");
+}
+
+// Barriers of the ring. What they order is the copy engine's and the tensor cores' work, so nothing is flushed for a
+// cluster's sake: at cluster scope each would cost a fence of all memory or the first cache.
+DEVICE void slot_wait(u32 barrier, int parity) {
+    asm volatile(
+        "{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra AGAIN; }" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+// `barrier` is an address of the cluster.
+DEVICE void slot_release(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+DEVICE u32 cluster_address(u32 address, u32 rank) {
+    u32 remote;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    return remote;
+}
+// One thread of a warp, always the same.
+DEVICE bool elected() {
+    u32 is;
+    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(is));
+    return is != 0;
+}
+// What this thread gave the copy engine to store: all but the last N have been read from shared memory.
+template <int N>
+DEVICE void stores_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
+// A barrier of the cluster that makes no writes visible.
+DEVICE void cluster_meet() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+}
+DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
+#define WGMMA(n, type, regs, a, b, p, ...)                                                                     \
+    asm volatile("{ .reg .pred add; setp.ne.b32 add, %" p ", 0;"                                               \
+                 " wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" regs "}, %" a ", %" b    \
+                 ", add, 1, 1, 0, 0; }"                                                                        \
+                 : __VA_ARGS__                                                                                 \
+                 : "l"(left), "l"(right), "r"(add))
+#define WGMMA_OF(n, regs, a, b, p, ...)                                \
+    if constexpr (T::is_f16) {                                         \
+        WGMMA(n, "f16", regs, a, b, p, __VA_ARGS__);                   \
+    } else {                                                           \
+        WGMMA(n, "bf16", regs, a, b, p, __VA_ARGS__);                  \
+    }
+#define SUMS4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define SUMS16(i) SUMS4(i), SUMS4(i + 4), SUMS4(i + 8), SUMS4(i + 12)
+#define SUMS32(i) SUMS16(i), SUMS16(i + 16)
+#define NAMES32                                                                          \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22" \
+    ",%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define NAMES48 NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define NAMES64 NAMES48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define NAMES80 NAMES64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define NAMES96 NAMES80 ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define NAMES128                                                                                    \
+    NAMES96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113" \
+            ",%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+
+// c (64 × BN) = a (64 × 16) · b (16 × BN), both from shared memory; plus c if `add`.
+template <class T, int BN>
+DEVICE void wgmma(float (&c)[BN / 2], u64 left, u64 right, int add) {
+    if constexpr (BN == 64) {
+        WGMMA_OF(64, NAMES32, "32", "33", "34", SUMS32(0));
+    } else if constexpr (BN == 96) {
+        WGMMA_OF(96, NAMES48, "48", "49", "50", SUMS32(0), SUMS16(32));
+    } else if constexpr (BN == 128) {
+        WGMMA_OF(128, NAMES64, "64", "65", "66", SUMS32(0), SUMS32(32));
+    } else if constexpr (BN == 160) {
+        WGMMA_OF(160, NAMES80, "80", "81", "82", SUMS32(0), SUMS32(32), SUMS16(64));
+    } else if constexpr (BN == 192) {
+        WGMMA_OF(192, NAMES96, "96", "97", "98", SUMS32(0), SUMS32(32), SUMS32(64));
+    } else {
+        static_assert(BN == 256, "outputs of a tile");
+        WGMMA_OF(256, NAMES128, "128", "129", "130", SUMS32(0), SUMS32(32), SUMS32(64), SUMS32(96));
+    }
+}
+
+// Keeps the compiler from moving the sums about while products are under way.
+template <int N>
+DEVICE void hold(float (&c)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) asm volatile("" : SUMS4(i)::"memory");
+}
+
+// Four 8 × 8 matrices of 16 bits to shared memory: lane l gives the address of row l % 8 of matrix l / 8.
+DEVICE void store_matrices(u32 to, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c),
+                 "r"(d)
+                 : "memory");
+}
+
+// Where 8 outputs of a row lie in a box of PART × 16 that the copy engine stores.
+template <class Sh>
+DEVICE u32 piece_of(int row, int piece) {
+    if constexpr (Sh::PART == 64) return row * 128 + ((piece ^ (row & 7)) << 4);
+    return row * 64 + ((piece ^ (row >> 1 & 3)) << 4);
+}
+
+// What a block knows of its place.
+struct GemmPlace {
+    int m, n, split;    // tile inside the cluster, and which part of k
+    int cluster, step;  // first tile of tiles, and from one to the next
+    int groups_of_rows, tiles;
+    int first, stages;  // of k
+    u16 x_mask, weight_mask;
+};
+
+template <class Sh>
+DEVICE GemmPlace gemm_place(const GemmArgs& args) {
+    GemmPlace place;
+    int cm = args.rows_of_cluster, cn = args.columns_of_cluster, size = cm * cn * args.splits;
+    int rank = size > 1 ? cluster_rank() : 0, tile = rank % (cm * cn);
+    place.split = rank / (cm * cn);
+    place.m = tile % cm, place.n = tile / cm;
+    place.cluster = blockIdx.x / size, place.step = gridDim.x / size;
+    place.groups_of_rows = div_ceil(args.linear.rows, Sh::BM * cm);
+    place.tiles = place.groups_of_rows * div_ceil(args.linear.n, Sh::BN * cn);
+    int stages = div_ceil(args.linear.k, 64);
+    place.first = stages * place.split / args.splits;
+    place.stages = stages * (place.split + 1) / args.splits - place.first;
+    u32 x_mask = 0;
+    for (int i = 0; i < cn; i++) x_mask |= 1u << (i * cm);
+    place.x_mask = (u16)(x_mask << (rank - tile + place.m));
+    place.weight_mask = (u16)(((1u << cm) - 1) << (rank - tile + place.n * cm));
+    return place;
+}
+
+// The first row and the first output of this block's tile, and the stage of k at which it begins.
+struct GemmCorner {
+    int row, column, start;
+};
+
+template <class Sh>
+DEVICE GemmCorner corner_of(const GemmArgs& args, const GemmPlace& place, int tile) {
+    int columns = place.tiles / place.groups_of_rows, per_group = args.group * columns;
+    int group = tile / per_group, first = group * args.group;
+    int rows = min_of(args.group, place.groups_of_rows - first), at = tile - group * per_group;
+    int column = at / rows, m = (first + at - column * rows) * args.rows_of_cluster + place.m;
+    int start = args.spread ? (int)__umulhi(column * 0x9E3779B9u, place.stages) : 0;
+    return {m * Sh::BM, (column * args.columns_of_cluster + place.n) * Sh::BN, start};
+}
