@@ -1,11 +1,12 @@
 // attention for many rows a sequence on any tensor core from Ampere on (`mma`), see attention_prefill.cuh.
 //
-// Four warps share a tile of 64 · R rows; each holds R strips of 16 rows, their queries in shared memory or registers,
-// their sums in registers. Tiles of keys and values come by cp.async, one ahead of the one that is worked on. Bound by the
-// tensor cores from a few hundred positions on; ldmatrix feeds R products a load.
+// Four warps share a tile of 64 · R rows; each holds R strips of 16 rows, their queries in shared memory, their sums in
+// registers. Tiles of N keys and values come by cp.async, one ahead of the one that is worked on. A load by ldmatrix feeds
+// R pairs of products. Bound by the tensor cores and, nearly as much, by what else a warp does beside them.
 //
-// Launch: grid of at least as many blocks as there are pieces of work, at most (rows / (64 · R) + n_seqs) · n_heads
-// rounded up; 128 threads; shared memory: the module's integer `<symbol>_shared`, rows of a tile `<symbol>_rows`.
+// Launch: grid (rows / (64 · R) + n_seqs) · n_heads (blocks without work end), 128 threads; shared memory: the module's
+// integer `<symbol>_shared`, rows of a tile `<symbol>_rows`.
+// Shapes (D, R, N): 64, 2, 64; 80, 2, 64; 96, 2, 64; 128, 2, 32.
 
 template <int D_, int R_, int N_>
 struct PrefillShape {
@@ -122,7 +123,8 @@ DEVICE void attention_prefill(const PrefillArgs& args) {
         copies_wait<0>();
         __syncthreads();
         if (j + 1 < tile.high) {
-            copy_tile<Sh>(args, rows + (slot ^ 1) * Sh::PAGES, (j + 1) * N, pages.to, base + Sh::RING + (slot ^ 1) * Sh::STAGE);
+            int other = slot ^ 1;
+            copy_tile<Sh>(args, rows + other * Sh::PAGES, (j + 1) * N, pages.to, base + Sh::RING + other * Sh::STAGE);
         }
         copies_commit();
         int next_row = threadIdx.x < Sh::PAGES ? row_of(j + 2) : 0;
@@ -130,7 +132,8 @@ DEVICE void attention_prefill(const PrefillArgs& args) {
         u32 stage = base + Sh::RING + slot * Sh::STAGE;
         float scores[R][N / 8][4] = {};
         score_tile<T, Sh>(scores, queries, stage + k_at);
-        bool mask = (j + 1) * N > tile.position + strip + 1 || j * N <= tile.position + strip + 16 * R - 1 - args.window;
+        int top = tile.position + strip;
+        bool mask = (j + 1) * N > top + 1 || j * N <= top + 16 * R - 1 - args.window;
 #pragma unroll
         for (int r = 0; r < R; r++) {
             if (mask) {

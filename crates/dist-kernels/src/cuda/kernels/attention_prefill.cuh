@@ -67,8 +67,8 @@ struct WorkOrder {
     DEVICE_MEMBER bool find(const PrefillArgs& args, int work, int lane, RowTile& tile) {
         for (; first_seq < args.n_seqs; first_seq += 32) {
             int seq = first_seq + lane;
-            int mine = seq < args.n_seqs ? div_ceil(args.q_offsets[seq + 1] - args.q_offsets[seq], M) * args.n_heads : 0;
-            int end = first_work + mine;
+            int rows = seq < args.n_seqs ? args.q_offsets[seq + 1] - args.q_offsets[seq] : 0;
+            int mine = div_ceil(rows, M) * args.n_heads, end = first_work + mine;
 #pragma unroll
             for (int step = 1; step < 32; step *= 2) {
                 int before = __shfl_up_sync(~0u, end - first_work, step);
@@ -105,7 +105,7 @@ struct WorkOrder {
 
 // Where keys and values of the sequence lie, in a cache seen as rows of D.
 struct Pages {
-    static constexpr int OUTSIDE = -1024;  // a whole box before the first row, which the copy engine fills with zeros
+    static constexpr int OUTSIDE = -1024;  // a whole box before the first row: the copy engine brings zeros
     const u32* table;
     int block_size, n_kv_heads, kv_head;
     int from, to;  // positions that are read

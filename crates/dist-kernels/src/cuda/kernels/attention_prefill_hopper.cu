@@ -1,24 +1,32 @@
-// attention for many rows a sequence on Hopper (`wgmma`, copy engine), see attention_prefill.cuh.
+// attention for many rows a sequence on Hopper (`wgmma`, copy engine), see attention_prefill.cuh
+// and attention_prefill_wgmma.cuh.
 //
-// One warp asks for the copies and fetches the next piece of work; G groups of four warps compute 64 rows each. Queries have
-// two slots, keys and values a ring of S tiles of 128 positions each: blocks of the cache are gathered by one box a block
-// (and half of a wide head), 128 bytes a row in the 128-byte swizzle. While a group's tensor cores multiply the next scores
-// and the last weighted values, another group takes its exponentials: named barriers pass the turn around. Bound by the
-// tensor cores and, at head size 64, as much by the exponentials.
+// One warp fetches work and asks for queries and keys, one for values, and G groups of four warps compute 64 rows each.
+// Queries have one or two slots, keys and values a ring of S tiles of 128 positions each. While a group's tensor cores
+// multiply the next scores and the last weighted values, another group takes its exponentials: named barriers pass the
+// turn around. Bound by the tensor cores and, at head size 64, as much by the exponentials.
 //
-// Launch: grid of at most as many blocks as there are multiprocessors, 128 · (G + 1) threads. Parameters: PrefillArgs, then
-// three tensor maps, all of 16-bit elements, 128-byte swizzle, zeros outside, boxes 64 wide: qkv [rows, ld_qkv] with boxes
-// of 64 · G rows; keys and values, each [n_blocks · n_kv_heads · block_size, D] with boxes of `box_rows` rows.
-// Shared memory: the module's integer `<symbol>_shared`, rows of a tile `<symbol>_rows`.
+// Keys and values are gathered from the cache's blocks, one box a block: eight rows after eight rows, each eight cut
+// into atoms of the widest swizzle that divides the head (64, 32 or 16 elements).
+//
+// Launch: grid of at most as many blocks as there are multiprocessors or pieces of work, 128 · (G + 1) threads.
+// Parameters: PrefillArgs, then three tensor maps, all of 16-bit elements, zeros outside:
+//   qkv [rows, ld_qkv], boxes of 64 · G rows and 64 columns, 128-byte swizzle;
+//   keys, then values: each as [rows / 8][D / atom][8][atom], strides 16 · D, 2 · atom and 2 · D bytes, boxes
+//   [box_rows / 8][D / atom][8][atom], swizzle of 2 · atom bytes, where rows = n_blocks · n_kv_heads · block_size.
+// The module's integers: `<symbol>_shared` bytes of shared memory, `<symbol>_rows` rows of a tile, `<symbol>_atom`.
+// Shapes (D, G, Q_SLOTS, S): 64, 3, 2, 4; 80, 2, 2, 3; 96, 2, 2, 3; 128, 2, 2, 2.
 
-template <int D_, int G_, int S_>
+template <int D_, int G_, int Q_SLOTS_, int S_>
 struct HopperShape {
-    static constexpr int D = D_, G = G_, S = S_, N = 128;
-    static constexpr int M = 64 * G, HALVES = (D + 63) / 64;   // of 64 elements, the last one filled up with zeros
-    static constexpr int Q_BYTES = HALVES * M * 128, TILE = HALVES * N * 128;
-    static constexpr int QUERIES = 0, KEYS = 2 * Q_BYTES, VALUES = KEYS + S * TILE, BARRIERS = VALUES + S * TILE;
+    static constexpr int D = D_, G = G_, Q_SLOTS = Q_SLOTS_, S = S_, N = 128;
+    static constexpr int M = 64 * G, HALVES = (D + 63) / 64;               // of the queries
+    static constexpr int ATOM = D % 64 == 0 ? 64 : D % 32 == 0 ? 32 : 16;  // of keys and values
+    static constexpr int EIGHT = 16 * D, ATOM_BYTES = 16 * ATOM;           // bytes of eight rows, of an atom of them
+    static constexpr int Q_BYTES = HALVES * M * 128, TILE = N * D * 2;
+    static constexpr int QUERIES = 0, KEYS = Q_SLOTS * Q_BYTES, VALUES = KEYS + S * TILE, BARRIERS = VALUES + S * TILE;
     static constexpr int WORK = BARRIERS + (4 + 4 * S) * 8;
-    static constexpr int SHARED = WORK + 2 * 32 + 1024;         // the tiles begin at a multiple of 1,024
+    static constexpr int SHARED = WORK + 2 * 32 + 1024;                     // the tiles begin at a multiple of 1,024
     static constexpr int CONSUMER_REGISTERS = G == 2 ? 232 : 160, PRODUCER_REGISTERS = G == 2 ? 40 : 32;
 };
 
@@ -47,76 +55,6 @@ struct RingPlace {
     }
 };
 
-#define REGS32                                                                                                \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"  \
-    "%28,%29,%30,%31"
-#define REGS40 REGS32 ",%32,%33,%34,%35,%36,%37,%38,%39"
-#define REGS48 REGS40 ",%40,%41,%42,%43,%44,%45,%46,%47"
-#define REGS64 REGS48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define SUMS4(how, c, j) how(c[j][0]), how(c[j][1]), how(c[j][2]), how(c[j][3])
-#define SUMS16(how, c, j) SUMS4(how, c, j), SUMS4(how, c, j + 1), SUMS4(how, c, j + 2), SUMS4(how, c, j + 3)
-#define SUMS32(how, c, j) SUMS16(how, c, j), SUMS16(how, c, j + 4)
-
-// scores (64 × 128) = or += queries (64 × 16) · keys (128 × 16)ᵀ.
-#define WGMMA_SCORES(type, how, add)                                                                          \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" REGS64                     \
-                 "}, %64, %65, " add ", 1, 1, 0, 0;"                                                          \
-                 : SUMS32(how, c, 0), SUMS32(how, c, 8)                                                       \
-                 : "l"(queries), "l"(keys))
-template <class T, bool ADD>
-DEVICE void wgmma_scores(float (&c)[16][4], u64 queries, u64 keys) {
-    if constexpr (ADD && T::is_f16) WGMMA_SCORES("f16", "+f", "1");
-    else if constexpr (ADD) WGMMA_SCORES("bf16", "+f", "1");
-    else if constexpr (T::is_f16) WGMMA_SCORES("f16", "=f", "0");
-    else WGMMA_SCORES("bf16", "=f", "0");
-}
-
-// sums (64 × D) += weights (64 × 16, in registers) · values (16 × D).
-#define WGMMA_VALUES(n, type, regs, a, b, ...)                                                                \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" regs "}, {" a "}, %" b   \
-                 ", 1, 1, 1, 1;"                                                                              \
-                 : __VA_ARGS__                                                                                \
-                 : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(values))
-#define WGMMA_VALUES_OF(n, regs, a, b, ...)                                                                   \
-    if constexpr (T::is_f16) WGMMA_VALUES(n, "f16", regs, a, b, __VA_ARGS__);                                 \
-    else WGMMA_VALUES(n, "bf16", regs, a, b, __VA_ARGS__)
-template <class T, int BLOCKS>
-DEVICE void wgmma_values(float (&c)[BLOCKS][4], const u32 (&p)[4], u64 values) {
-    if constexpr (BLOCKS == 8) {
-        WGMMA_VALUES_OF(64, REGS32, "%32,%33,%34,%35", "36", SUMS32("+f", c, 0));
-    } else if constexpr (BLOCKS == 10) {
-        WGMMA_VALUES_OF(80, REGS40, "%40,%41,%42,%43", "44", SUMS32("+f", c, 0), SUMS4("+f", c, 8), SUMS4("+f", c, 9));
-    } else if constexpr (BLOCKS == 12) {
-        WGMMA_VALUES_OF(96, REGS48, "%48,%49,%50,%51", "52", SUMS32("+f", c, 0), SUMS16("+f", c, 8));
-    } else {
-        static_assert(BLOCKS == 16, "head size");
-        WGMMA_VALUES_OF(128, REGS64, "%64,%65,%66,%67", "68", SUMS32("+f", c, 0), SUMS32("+f", c, 8));
-    }
-}
-
-// Keeps the compiler from moving what reads or writes these registers across.
-template <int BLOCKS>
-DEVICE void pin(float (&c)[BLOCKS][4]) {
-#pragma unroll
-    for (int j = 0; j < BLOCKS; j++) asm volatile("" : SUMS4("+f", c, j)::"memory");
-}
-DEVICE void pin(u32 (&p)[8][4]) {
-#pragma unroll
-    for (int j = 0; j < 8; j++) asm volatile("" : "+r"(p[j][0]), "+r"(p[j][1]), "+r"(p[j][2]), "+r"(p[j][3])::"memory");
-}
-DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N>
-DEVICE void products_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
-
-// Rows of 128 bytes in the 128-byte swizzle, eight rows to 1,024 bytes. Where the rows are k (values), `halves` is the
-// distance from 64 columns to the next 64.
-DEVICE u64 rows_descriptor(u32 address, int halves) {
-    return (u64)((address & 0x3ffff) >> 4) | (u64)(halves >> 4) << 16 | (u64)64 << 32 | (u64)1 << 62;
-}
-
 // A group's turn at the tensor cores.
 template <int G>
 struct Turn {
@@ -128,93 +66,79 @@ struct Turn {
     DEVICE_MEMBER void pass() const { asm volatile("bar.arrive %0, 256;" ::"r"(next) : "memory"); }
 };
 
-// The warp that asks.
-template <class Sh>
-struct Producer {
-    static constexpr int N = Sh::N, HALVES = Sh::HALVES, D = Sh::D;
-    const PrefillArgs& args;
-    const TensorMap *q_map, *k_map, *v_map;
-    PrefillRings<Sh> rings;
-    int lane, boxes;  // boxes of a tile and half
+// The box of `map` at row `row` (a multiple of 8) to shared memory.
+DEVICE void copy_rows(u32 to, const TensorMap* map, int row, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %2, %2, %3}], [%4];"
+        ::"r"(to), "l"(map), "r"(0), "r"(row >> 3), "r"(barrier)
+        : "memory");
+}
+// True in one thread of a whole warp, which the compiler knows to be one.
+DEVICE bool elected() {
+    u32 is;
+    asm volatile("{ .reg .pred is; elect.sync _|is, 0xffffffff; selp.u32 %0, 1, 0, is; }" : "=r"(is));
+    return is;
+}
 
-    DEVICE_MEMBER void copy_half_tiles(u32 to, const TensorMap* map, int row, u32 barrier, int without) const {
+// What the two warps that ask have in common.
+template <class Sh>
+struct Asking {
+    const PrefillArgs& args;
+    PrefillRings<Sh> rings;
+    int lane, boxes;  // of a tile
+
+    // The row of each lane's box of tile j.
+    DEVICE_MEMBER int row_of(const Pages& pages, const RowTile& tile, int j) const {
+        if (lane >= boxes || j >= tile.high) return Pages::OUTSIDE;
+        return pages.row_of(j * Sh::N + lane * args.box_rows, args.box_rows);
+    }
+    DEVICE_MEMBER void copy_tile(u32 to, const TensorMap* map, int row, u32 barrier, int without) const {
+        int bytes = args.box_rows * Sh::D * 2;
+        if (elected()) barrier_expect(barrier, Sh::TILE - (without >= 0 ? bytes : 0));
+        __syncwarp();
         for (int i = 0; i < boxes; i++) {
             int y = __shfl_sync(~0u, row, i);
-            if (lane == 0 && i != without) {
-#pragma unroll
-                for (int h = 0; h < HALVES; h++) {
-                    copy_box(to + h * (N * 128) + i * args.box_rows * 128, map, h * 64, y, barrier);
-                }
-            }
+            if (i != without && elected()) copy_rows(to + i * bytes, map, y, barrier);
         }
     }
+};
 
-    // Every lane has the row of one box in the cache.
-    DEVICE_MEMBER void ask_keys(RingPlace<Sh::S> at, int row) const {
-        barrier_wait(rings.k_empty(at.slot), at.parity ^ 1);
-        if (lane == 0) barrier_expect(rings.k_full(at.slot), Sh::TILE);
-        __syncwarp();
-        copy_half_tiles(rings.keys(at.slot), k_map, row, rings.k_full(at.slot), -1);
-    }
+// The warp that fetches work and asks for queries and keys.
+template <class Sh>
+struct KeyProducer : Asking<Sh> {
+    using Asking<Sh>::args, Asking<Sh>::rings, Asking<Sh>::lane;
 
-    // Values weigh zero where they are not seen, but what was never stored may not be a number: the box with the end of
-    // the context is written by hand, zeros behind the end.
-    DEVICE_MEMBER void ask_values(RingPlace<Sh::S> at, int row, int position, int context) const {
-        barrier_wait(rings.v_empty(at.slot), at.parity ^ 1);
-        int left = context - position, by_hand = left < N && left % args.box_rows ? left / args.box_rows : -1;
-        int row_by_hand = __shfl_sync(~0u, row, max_of(0, by_hand));
-        if (row_by_hand < 0) by_hand = -1;
-        if (by_hand >= 0) {
-            int first = by_hand * args.box_rows;
-            i64 from = (i64)row_by_hand * D;
-            for (int i = lane; i < args.box_rows * HALVES * 8; i += 32) {
-                int slot = i / (HALVES * 8), c = i % (HALVES * 8), to = first + slot;
-                uint4 piece = make_uint4(0, 0, 0, 0);
-                if (to < left && c < D / 8) piece = *(const uint4*)(args.v + from + (i64)slot * D + c * 8);
-                u32 address = rings.values(at.slot) + (c >> 3) * (N * 128) + to * 128 + (((c & 7) ^ (to & 7)) << 4);
-                asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(piece.x), "r"(piece.y),
-                             "r"(piece.z), "r"(piece.w)
-                             : "memory");
-            }
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        }
-        __syncwarp();
-        int bytes = Sh::TILE - (by_hand >= 0 ? HALVES * args.box_rows * 128 : 0);
-        if (lane == 0) barrier_expect(rings.v_full(at.slot), bytes);
-        __syncwarp();
-        copy_half_tiles(rings.values(at.slot), v_map, row, rings.v_full(at.slot), by_hand);
-    }
-
-    // Tells the groups what comes next, and asks for its queries.
-    DEVICE_MEMBER void ask_queries(RingPlace<2> at, const RowTile& tile, bool has) const {
+    // Tells the others what comes next, and asks for its queries.
+    DEVICE_MEMBER void ask_queries(RingPlace<Sh::Q_SLOTS> at, const TensorMap* map, const RowTile& tile,
+                                   int context) const {
         barrier_wait(rings.q_empty(at.slot), at.parity ^ 1);
         if (lane == 0) {
             u32 work = rings.work(at.slot);
-            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(work), "r"(tile.row),
-                         "r"(has ? tile.n_rows : 0), "r"(tile.position), "r"(tile.head)
+            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(work), "r"(tile.row), "r"(tile.n_rows),
+                         "r"(tile.position), "r"(tile.head)
                          : "memory");
-            asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(work + 16), "r"(tile.low), "r"(tile.high) : "memory");
-            if (has) {
-                barrier_expect(rings.q_full(at.slot), Sh::Q_BYTES);
-#pragma unroll
-                for (int h = 0; h < HALVES; h++) {
-                    copy_box(rings.queries(at.slot) + h * (Sh::M * 128), q_map, tile.head * D + h * 64, tile.row,
-                             rings.q_full(at.slot));
-                }
-            } else {
-                barrier_arrive(rings.q_full(at.slot));
-            }
+            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(work + 16), "r"(tile.low), "r"(tile.high),
+                         "r"(tile.seq), "r"(context)
+                         : "memory");
+            if (tile.n_rows) barrier_expect(rings.q_full(at.slot), Sh::Q_BYTES);
+            else barrier_arrive(rings.q_full(at.slot));
         }
         __syncwarp();
+        if (tile.n_rows && elected()) {
+#pragma unroll
+            for (int h = 0; h < Sh::HALVES; h++) {
+                copy_box(rings.queries(at.slot) + h * (Sh::M * 128), map, tile.head * Sh::D + h * 64, tile.row,
+                         rings.q_full(at.slot));
+            }
+        }
     }
 
-    DEVICE_MEMBER void run() {
-        WorkOrder<D, Sh::M, N> order;
+    DEVICE_MEMBER void run(const TensorMap* q_map, const TensorMap* k_map) {
+        WorkOrder<Sh::D, Sh::M, Sh::N> order;
         RowTile tile = {};
-        RingPlace<2> q;
-        RingPlace<Sh::S> k, v;
+        RingPlace<Sh::Q_SLOTS> q;
+        RingPlace<Sh::S> k;
         u32 last = count_tiles<Sh::M>(args, lane) + gridDim.x - 1;  // numbers that the blocks fetch together, less one
-        boxes = N / args.box_rows;
         auto fetch = [&] {
             u32 work = 0;
             if (lane == 0) {
@@ -225,22 +149,69 @@ struct Producer {
         u32 work = fetch();
         while (true) {
             bool has = order.find(args, __shfl_sync(~0u, work, 0), lane, tile);
-            ask_queries(q, tile, has);
+            if (!has) tile.n_rows = 0;
+            ask_queries(q, q_map, tile, has ? args.context_lens[tile.seq] : 0);
             q.advance();
             if (!has) return;
             Pages pages(args, tile);
-            int context = args.context_lens[tile.seq];
-            auto row_of = [&](int j) -> int {
-                if (lane >= boxes || j >= tile.high) return Pages::OUTSIDE;
-                return pages.row_of(j * N + lane * args.box_rows, args.box_rows);
-            };
-            int before = 0, row = row_of(tile.low);
-            for (int j = tile.low; j <= tile.high; j++) {
-                int next_row = row_of(j + 1);
+            int row = this->row_of(pages, tile, tile.low);
+            for (int j = tile.low; j < tile.high; j++, k.advance()) {
                 if (j == max_of(tile.low, tile.high - 2)) work = fetch();
-                if (j < tile.high) ask_keys(k, row), k.advance();
-                if (j > tile.low) ask_values(v, before, (j - 1) * N, context), v.advance();
-                before = row, row = next_row;
+                barrier_wait(rings.k_empty(k.slot), k.parity ^ 1);
+                this->copy_tile(rings.keys(k.slot), k_map, row, rings.k_full(k.slot), -1);
+                row = this->row_of(pages, tile, j + 1);
+            }
+        }
+    }
+};
+
+// The warp that asks for values.
+template <class Sh>
+struct ValueProducer : Asking<Sh> {
+    using Asking<Sh>::args, Asking<Sh>::rings, Asking<Sh>::lane;
+
+    // Values weigh zero where they are not seen, but what was never stored may not be a number: the box with the end of
+    // the context is written by hand, zeros behind the end. `left` rows of the tile are stored.
+    DEVICE_MEMBER void copy_end(u32 tile, int row, int first, int left) const {
+        constexpr int D = Sh::D, ATOM = Sh::ATOM;
+        for (int i = lane; i < args.box_rows * (D / 8); i += 32) {
+            int slot = i / (D / 8), c = i % (D / 8), to = first + slot;
+            uint4 piece = make_uint4(0, 0, 0, 0);
+            if (to < left) piece = *(const uint4*)(args.v + (i64)(row + slot) * D + c * 8);
+            u32 address = tile + (to >> 3) * Sh::EIGHT + c / (ATOM / 8) * Sh::ATOM_BYTES + (to & 7) * (ATOM * 2) +
+                          ((c % (ATOM / 8) ^ (to & 7) / (64 / ATOM)) << 4);
+            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(piece.x), "r"(piece.y),
+                         "r"(piece.z), "r"(piece.w)
+                         : "memory");
+        }
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+
+    DEVICE_MEMBER void run(const TensorMap* map) {
+        RingPlace<Sh::S> v;
+        for (RingPlace<Sh::Q_SLOTS> q;; q.advance()) {
+            barrier_wait(rings.q_full(q.slot), q.parity);
+            uint4 work = load_shared16(rings.work(q.slot)), more = load_shared16(rings.work(q.slot) + 16);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(rings.q_empty(q.slot));
+            int seq = more.z, head = work.w, row0 = work.x, n_rows = work.y, position = work.z, low = more.x, high = more.y;
+            RowTile tile = {seq, head, row0, n_rows, position, low, high};
+            int context = more.w;
+            if (tile.n_rows == 0) return;
+            Pages pages(args, tile);
+            int row = this->row_of(pages, tile, tile.low);
+            for (int j = tile.low; j < tile.high; j++, v.advance()) {
+                barrier_wait(rings.v_empty(v.slot), v.parity ^ 1);
+                int left = context - j * Sh::N;
+                int end = left < Sh::N && left % args.box_rows ? left / args.box_rows : -1;  // the box with the end
+                if (end >= 0) {
+                    int end_row = __shfl_sync(~0u, row, end);
+                    if (end_row < 0) end = -1;
+                    else copy_end(rings.values(v.slot), end_row, end * args.box_rows, left);
+                    __syncwarp();
+                }
+                this->copy_tile(rings.values(v.slot), map, row, rings.v_full(v.slot), end);
+                row = this->row_of(pages, tile, j + 1);
             }
         }
     }
@@ -258,21 +229,21 @@ struct Consumer {
     float sums[D / 8][4];
 
     DEVICE_MEMBER void start_scores(float (&scores)[16][4], int q_slot) {
-        u64 queries = rows_descriptor(rings.queries(q_slot) + group * (64 * 128), 16);
-        u64 keys = rows_descriptor(rings.keys(k.slot), 16);
+        u64 queries = rows_descriptor(rings.queries(q_slot) + group * (64 * 128), 64, 1024);
+        u64 keys = rows_descriptor(rings.keys(k.slot), Sh::ATOM, Sh::EIGHT);
 #pragma unroll
         for (int d = 0; d < D / 16; d++) {
             u64 q_at = queries + ((d >> 2) * (Sh::M * 128) + (d & 3) * 32 >> 4);
-            u64 k_at = keys + ((d >> 2) * (N * 128) + (d & 3) * 32 >> 4);
+            u64 k_at = keys + (d * 16 / Sh::ATOM * Sh::ATOM_BYTES + d * 16 % Sh::ATOM * 2 >> 4);
             if (d == 0) wgmma_scores<T, false>(scores, q_at, k_at);
             else wgmma_scores<T, true>(scores, q_at, k_at);
         }
         products_commit();
     }
     DEVICE_MEMBER void start_values() {
-        u64 values = rows_descriptor(rings.values(v.slot), N * 128);
+        u64 values = rows_descriptor(rings.values(v.slot), Sh::ATOM, Sh::EIGHT, Sh::ATOM_BYTES);
 #pragma unroll
-        for (int n = 0; n < N / 16; n++) wgmma_values<T>(sums, p[n], values + (n * 2048 >> 4));
+        for (int n = 0; n < N / 16; n++) wgmma_values<T>(sums, p[n], values + (n * 2 * Sh::EIGHT >> 4));
         products_commit();
     }
     DEVICE_MEMBER void weigh(const float (&scores)[16][4]) {
@@ -290,10 +261,10 @@ struct Consumer {
     }
 
     DEVICE_MEMBER void run() {
-        int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, t = lane & 3, own = group * 64 + warp * 16 + (lane >> 2);
+        int lane = threadIdx.x & 31, t = lane & 3, own = group * 64 + (threadIdx.x >> 5 & 3) * 16 + (lane >> 2);
         float scale = args.scale * 1.44269504f;
         Turn<Sh::G> turn(group);
-        for (RingPlace<2> q;; q.advance()) {
+        for (RingPlace<Sh::Q_SLOTS> q;; q.advance()) {
             barrier_wait(rings.q_full(q.slot), q.parity);
             uint4 work = load_shared16(rings.work(q.slot)), tiles = load_shared16(rings.work(q.slot) + 16);
             int row0 = work.x, n_rows = work.y, position = work.z, head = work.w, low = tiles.x, high = tiles.y;
@@ -387,7 +358,7 @@ DEVICE void attention_prefill_hopper(const PrefillArgs& args, const TensorMap* q
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++) {
             barrier_init(rings.q_full(i), 1);
-            barrier_init(rings.q_empty(i), 4 * Sh::G);
+            barrier_init(rings.q_empty(i), 4 * Sh::G + 1);
         }
         for (int i = 0; i < Sh::S; i++) {
             barrier_init(rings.k_full(i), 1);
@@ -401,8 +372,12 @@ DEVICE void attention_prefill_hopper(const PrefillArgs& args, const TensorMap* q
     wait_for_previous();
     if (group == Sh::G) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Sh::PRODUCER_REGISTERS));
-        if (threadIdx.x < (Sh::G * 4 + 1) * 32) {
-            Producer<Sh>{args, q_map, k_map, v_map, rings, (int)threadIdx.x & 31, 0}.run();
+        Asking<Sh> asking = {args, rings, (int)threadIdx.x & 31, Sh::N / args.box_rows};
+        int warp = __shfl_sync(~0u, threadIdx.x >> 5 & 3, 0);
+        if (warp == 0) {
+            KeyProducer<Sh>{asking}.run(q_map, k_map);
+        } else if (warp == 1) {
+            ValueProducer<Sh>{asking}.run(v_map);
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Sh::CONSUMER_REGISTERS));
@@ -418,4 +393,5 @@ DEVICE void attention_prefill_hopper(const PrefillArgs& args, const TensorMap* q
         attention_prefill_hopper<T, HopperShape<__VA_ARGS__>>(args, &q_map, &k_map, &v_map);            \
     }                                                                                                   \
     extern "C" __device__ const int name##_shared = HopperShape<__VA_ARGS__>::SHARED;                   \
-    extern "C" __device__ const int name##_rows = HopperShape<__VA_ARGS__>::M;
+    extern "C" __device__ const int name##_rows = HopperShape<__VA_ARGS__>::M;                           \
+    extern "C" __device__ const int name##_atom = HopperShape<__VA_ARGS__>::ATOM;
