@@ -42,6 +42,8 @@ pub(super) struct GemmParams {
     pub(super) columns_of_cluster: i32,
     pub(super) splits: i32,
     pub(super) group: i32,
+    pub(super) spread: i32,
+    pub(super) padding: i32,
 }
 
 /// `PrefillArgs` of `attention_prefill.cuh`.

@@ -65,6 +65,8 @@ pub(super) struct Scratch {
     /// Parts of contexts, and who of a tile is done.
     pub(super) attention: Option<DeviceMemory>,
     pub(super) counters: Option<DeviceMemory>,
+    /// The next piece of attention's work, zero between launches.
+    pub(super) next: Option<DeviceMemory>,
     /// Sums of parts of rows of logits.
     pub(super) sample: Option<DeviceMemory>,
     /// What a step's rows ask of sampling.

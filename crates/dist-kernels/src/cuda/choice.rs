@@ -55,15 +55,17 @@ pub(super) fn streaming(rows: usize, n: usize, n_sms: usize, is_hopper: bool) ->
 /// A tile of `gemm_hopper`: its symbol, rows, outputs, and nanoseconds that 64 inputs take it (one H100, measured).
 type Tile = (&'static str, usize, usize, f64);
 
-const TILES: [Tile; 4] = [
-    ("gemm_hopper_t128x64", 128, 64, 230.0),
-    ("gemm_hopper_t128x128", 128, 128, 395.0),
-    ("gemm_hopper_t128x256", 128, 256, 750.0),
-    ("gemm_hopper_t256x128", 256, 128, 760.0),
+const TILES: [Tile; 6] = [
+    ("gemm_hopper_t128x64", 128, 64, 260.0),
+    ("gemm_hopper_t128x128", 128, 128, 390.0),
+    ("gemm_hopper_t128x192", 128, 192, 585.0),
+    ("gemm_hopper_t128x256", 128, 256, 740.0),
+    ("gemm_hopper_t256x64", 256, 64, 480.0),
+    ("gemm_hopper_t256x128", 256, 128, 735.0),
 ];
 /// Clusters of tiles, rows by columns.
 const CLUSTERS: [(usize, usize); 6] = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (4, 1)];
-const SPLITS: [usize; 5] = [1, 2, 3, 4, 6];
+const SPLITS: [usize; 4] = [1, 2, 3, 4];
 /// Rows that share what L2 holds.
 const GROUP_ROWS: usize = 2048;
 
@@ -114,16 +116,16 @@ pub(super) fn gemm(rows: usize, n: usize, k: usize, n_sms: usize) -> Gemm {
             for splits in SPLITS {
                 let size = below * beside * splits;
                 let Some(at_once) = clusters_at_once(size, n_sms) else { continue };
-                // The parts of a tile's inputs must run at once.
-                if splits > 1 && groups > at_once {
+                // The parts of a tile's inputs must run at once, and the largest tiles have no room for others' sums.
+                if splits > 1 && (groups > at_once || bm == 256 || bn == 256 || splits > k.div_ceil(64)) {
                     continue;
                 }
-                let l2_ns = (bm.min(rows) / beside + bn / below) as f64 * 128.0 / 45.0;
+                let l2_ns = (bm.min(rows) / beside + bn / below) as f64 * 128.0 / 50.0;
                 let steps = k.div_ceil(64).div_ceil(splits) as f64;
                 let us_wave = ns.max(l2_ns) / 1e3 * steps + 1.2;
                 let busy = (groups.min(at_once) * size) as f64;
                 let us_reading = (2 * n * k) as f64 / 2.9e6 * (90.0 / busy).max(1.0);
-                let us_adding = if splits > 1 { 1.0 + 0.2 * splits as f64 } else { 0.0 };
+                let us_adding = if splits > 1 { 2.0 } else { 0.0 };
                 let us = us_reading.max(us_wave * groups.div_ceil(at_once) as f64) + us_adding;
                 if us < least {
                     least = us;
@@ -256,6 +258,7 @@ mod tests {
         for d_head in DECODE_HEADS {
             assert!(has("attention_decode", &format!("attention_decode_d{d_head}")));
             assert!(has("attention_prefill", &format!("attention_prefill_d{d_head}")));
+            assert!(has("attention_prefill_hopper", &format!("attention_prefill_hopper_d{d_head}")));
         }
         for d in [64, 8192, 8200, 12288, 12289, 65] {
             let (symbol, threads) = norm(d).unwrap();

@@ -25,7 +25,7 @@ pub use launch::Launch;
 pub use memory::{DeviceMemory, PinnedMemory};
 pub use module::{Function, Module};
 pub use stream::{Event, Stream};
-pub use tensor_map::{TensorMap, TensorMapSpec};
+pub use tensor_map::{CacheMapSpec, TensorMap, TensorMapSpec};
 
 /// Result of a call.
 pub type Result<T> = std::result::Result<T, CudaError>;

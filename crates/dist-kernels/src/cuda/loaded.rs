@@ -19,6 +19,8 @@ pub(super) struct Kernel {
     pub(super) threads: u32,
     /// Rows of a block's tile, if its unit says so.
     pub(super) rows: u32,
+    /// Elements of a head that the copy engine swizzles together, if its unit says so.
+    pub(super) atom: u32,
 }
 
 /// All kernels that were asked for so far.
@@ -43,8 +45,8 @@ impl Kernels {
         }
         let module = self.module(unit)?;
         let told = |what| -> Result<u32> { Ok(module.integer(&format!("{symbol}_{what}"))?.unwrap_or(0) as u32) };
-        let (threads, rows) = (told("threads")?, told("rows")?);
-        let kernel = Rc::new(Kernel { function: module.function(symbol)?, threads, rows });
+        let (threads, rows, atom) = (told("threads")?, told("rows")?, told("atom")?);
+        let kernel = Rc::new(Kernel { function: module.function(symbol)?, threads, rows, atom });
         self.kernels.insert(symbol.to_owned(), Rc::clone(&kernel));
         Ok(kernel)
     }

@@ -98,12 +98,29 @@ pub const UNITS: &[Unit] = &[
     Unit { name: "gemm", files: &[LINEAR_PARTS, source_file!("gemm.cu")], variants: &[], archs: GENERAL },
     Unit {
         name: "gemm_hopper",
-        files: &[LINEAR_PARTS, source_file!("gemm_hopper.cu")],
+        files: &[LINEAR_PARTS, source_file!("gemm_hopper.cuh"), source_file!("gemm_hopper.cu")],
         variants: &[
             variant("GEMM", "gemm_hopper_t128x64", &[128, 64]),
             variant("GEMM", "gemm_hopper_t128x128", &[128, 128]),
+            variant("GEMM", "gemm_hopper_t128x192", &[128, 192]),
             variant("GEMM", "gemm_hopper_t128x256", &[128, 256]),
+            variant("GEMM", "gemm_hopper_t256x64", &[256, 64]),
             variant("GEMM", "gemm_hopper_t256x128", &[256, 128]),
+        ],
+        archs: HOPPER,
+    },
+    Unit {
+        name: "attention_prefill_hopper",
+        files: &[
+            source_file!("attention_prefill.cuh"),
+            source_file!("attention_prefill_wgmma.cuh"),
+            source_file!("attention_prefill_hopper.cu"),
+        ],
+        variants: &[
+            variant("ATTENTION_PREFILL_HOPPER", "attention_prefill_hopper_d64", &[64, 3, 2, 4]),
+            variant("ATTENTION_PREFILL_HOPPER", "attention_prefill_hopper_d80", &[80, 2, 2, 3]),
+            variant("ATTENTION_PREFILL_HOPPER", "attention_prefill_hopper_d96", &[96, 2, 2, 3]),
+            variant("ATTENTION_PREFILL_HOPPER", "attention_prefill_hopper_d128", &[128, 2, 2, 2]),
         ],
         archs: HOPPER,
     },

@@ -33,7 +33,56 @@ pub struct TensorMapSpec {
     pub box_columns: u32,
 }
 
+/// Keys or values of a cache as `attention_prefill_hopper` reads them: eight rows after eight rows, each eight cut into
+/// atoms of a head's elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheMapSpec {
+    /// Its first element; a multiple of 16.
+    pub address: u64,
+    /// Its rows, of `d_head` elements each; a multiple of 8.
+    pub rows: usize,
+    /// Elements of a row.
+    pub d_head: usize,
+    /// Elements of an atom: 64, 32 or 16, which is the half the bytes of the swizzle.
+    pub atom: u32,
+    /// Rows of a box; a multiple of 8.
+    pub box_rows: u32,
+}
+
 impl Context {
+    /// Makes the map of a cache; what lies outside is zero. As for others, whether it is there is not checked.
+    pub fn cache_map(&self, spec: &CacheMapSpec) -> Result<TensorMap> {
+        let mut map = TensorMap(CUtensorMap { opaque: [0; 16] });
+        let (atom, d_head) = (u64::from(spec.atom), spec.d_head as u64);
+        let dims = [atom, 8, d_head / atom, spec.rows as u64 / 8];
+        let strides = [2 * d_head, 2 * atom, 16 * d_head];
+        let (boxes, steps) = ([spec.atom, 8, spec.d_head as u32 / spec.atom, spec.box_rows / 8], [1_u32; 4]);
+        let swizzle = match spec.atom {
+            64 => Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            32 => Swizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+            _ => Swizzle::CU_TENSOR_MAP_SWIZZLE_32B,
+        };
+        // SAFETY: the arrays have four dimensions, and one stride less, as the call is told.
+        let status = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &raw mut map.0,
+                DataType::CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                4,
+                spec.address as *mut c_void,
+                dims.as_ptr(),
+                strides.as_ptr(),
+                boxes.as_ptr(),
+                steps.as_ptr(),
+                Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                swizzle,
+                Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                Outside::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        status.result().map_err(|error| failed("cuTensorMapEncodeTiled", format!("{spec:?}"), error))?;
+        Ok(map)
+    }
+
     /// Makes the map. Whether the matrix is there is not checked: a kernel that reads elsewhere fails.
     pub fn tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap> {
         let mut map = TensorMap(CUtensorMap { opaque: [0; 16] });

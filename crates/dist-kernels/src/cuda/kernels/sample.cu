@@ -261,6 +261,7 @@ DEVICE void gather(SampleShared& s, const Logits& row, P takes_part, M measure) 
     });
     row.blocks.meet();
     int first = 0;
+#pragma unroll 1
     for (u32 rank = 0; rank < row.blocks.size; rank++) {
         int n = load_of(row.blocks, &s.n_own, rank);
         if (t >= first && t < first + n) {
@@ -327,6 +328,7 @@ DEVICE u64 select(SampleShared& s, const Logits& row, Measure<BY_WEIGHT> measure
         int bin = BINS - 1 - 2 * t;
         u32 n_first = 0, n_second = 0;
         u64 first = 0, second = 0, total;
+#pragma unroll 2
         for (u32 rank = 0; rank < row.blocks.size; rank++) {
             u64 n = load_of(row.blocks, (const u64*)&s.counts[bin - 1], rank);
             n_first += (u32)(n >> 32), n_second += (u32)n;
@@ -599,6 +601,7 @@ KERNEL __launch_bounds__(THREADS) sample_f32(const __grid_constant__ SampleArgs 
         best = block_reduce(best, s.warps, greater);
         if (threadIdx.x == 0) s.key = best;
         blocks.meet();
+#pragma unroll 1
         for (u32 rank = 0; rank < blocks.size; rank++) best = greater(best, load_of(blocks, &s.key, rank));
         blocks.meet();
     }

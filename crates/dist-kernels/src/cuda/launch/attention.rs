@@ -5,7 +5,9 @@ use crate::args::AttentionArgs;
 use crate::cuda::args::{AttentionAnyParams, AttentionParams, PrefillParams};
 use crate::cuda::backend::{CudaBackend, grown};
 use crate::cuda::choice::{self, Decode, DecodeShape};
+use crate::cuda::driver::{CacheMapSpec, TensorMapSpec};
 use crate::error::Result;
+use crate::weight::Buffer;
 
 /// Threads of `attention_prefill`.
 const PREFILL_THREADS: u32 = 128;
@@ -83,6 +85,10 @@ impl CudaBackend {
 
     fn attention_prefill(&mut self, args: &AttentionArgs<'_, Self>) -> Result<()> {
         let n_seqs = args.seqs.n_seqs;
+        let is_hopper = self.context.info().capability == (9, 0);
+        let what = "order of attention's work";
+        let next = grown(&mut self.scratch.next, &self.context, what, size_of::<u32>())?.address();
+        let box_rows = 1 << args.layout.block_size.trailing_zeros().min(7);
         let params = PrefillParams {
             out: args.out.address(),
             qkv: args.qkv.address(),
@@ -99,15 +105,48 @@ impl CudaBackend {
             window: window_of(args),
             scale: args.scale,
             n_seqs: n_seqs as i32,
-            next: 0,
-            box_rows: 0,
+            next,
+            box_rows,
             padding: 0,
         };
+        if is_hopper {
+            return self.attention_prefill_hopper(args, &params);
+        }
         let symbol = format!("attention_prefill_d{}_{}", args.layout.d_head, suffix(args.qkv.dtype));
         let tile_rows = self.kernels.get("attention_prefill", &symbol)?.rows as usize;
         // Every sequence may end in a tile that is not full.
         let tiles = (args.seqs.rows / tile_rows + n_seqs) * args.n_heads_local;
         self.start(("attention_prefill", &symbol), [tiles as u32, 1, 1], PREFILL_THREADS, &params)
+    }
+
+    fn attention_prefill_hopper(
+        &mut self,
+        args: &AttentionArgs<'_, Self>,
+        params: &PrefillParams,
+    ) -> Result<()> {
+        let (d_head, seqs) = (args.layout.d_head, &args.seqs);
+        let symbol = format!("attention_prefill_hopper_d{d_head}_{}", suffix(args.qkv.dtype));
+        let kernel = self.kernels.get("attention_prefill_hopper", &symbol)?;
+        let columns = params.ld_qkv as usize;
+        let queries = self.context.tensor_map(&TensorMapSpec {
+            address: params.qkv,
+            rows: seqs.rows,
+            columns,
+            ld: columns,
+            box_rows: kernel.rows,
+            box_columns: 64,
+        })?;
+        let rows = args.kv.k.len() / d_head;
+        let cache = |address| {
+            let (atom, box_rows) = (kernel.atom, params.box_rows as u32);
+            self.context.cache_map(&CacheMapSpec { address, rows, d_head, atom, box_rows })
+        };
+        let (keys, values) = (cache(params.k)?, cache(params.v)?);
+        let tiles = (seqs.rows / kernel.rows as usize + seqs.n_seqs) * args.n_heads_local;
+        let blocks = tiles.min(self.context.info().n_sms) as u32;
+        // A group of four warps has 64 rows, and four more warps ask.
+        let launch = kernel.function.over([blocks, 1, 1], 128 * (kernel.rows / 64 + 1));
+        Ok(kernel.function.launch(&self.stream, &launch, params, &[&queries, &keys, &values])?)
     }
 
     fn attention_any(&mut self, args: &AttentionArgs<'_, Self>) -> Result<()> {
