@@ -28,7 +28,7 @@ fn flags_without_meaning_are_usage_errors() {
         (&["--stop", ""], "must not be empty", "--help"),
         (&["--logit-bias", "7"], "ID=VALUE", "--help"),
         (&["--tempature", "1"], "'--tempature'", "'--temperature'"),
-        (&["--device", "cuda"], "CPU only", "--device cpu"),
+        (&["--device", "cuda"], "the CUDA driver", "driver"),
         (&["--device", "gpu"], "cuda:N", "--help"),
         (&["--prompt", "a", "--prompt-ids", "1"], "cannot be used together", "--prompts"),
         (&["--min-new-tokens", "200"], "more than --max-new-tokens 128", "--max-new-tokens"),

@@ -8,4 +8,4 @@ pub use choice::{DeviceChoice, GpuAsked, Usable, choose, usable};
 pub use places::{kernel_cache, libraries};
 
 /// Whether models run on GPUs in this version.
-pub const HAS_BACKEND: bool = false;
+pub const HAS_BACKEND: bool = true;

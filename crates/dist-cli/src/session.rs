@@ -10,7 +10,7 @@ use dist_core::planner::{PlanOptions, PlanReport, Reason, Workload, plan};
 use dist_core::{DType, Device as PlannedDevice, DeviceKind, Link, ModelConfig, Topology};
 use dist_models::engine::Engine;
 
-pub use device::{Device, check_ranks};
+pub use device::{Device, for_ranks};
 pub use ranks::{Crew, Facts, follow};
 
 use crate::flags::LimitArgs;

@@ -17,9 +17,9 @@ use crate::session::{self, Crew, Device, Rates, Session, Setting};
 
 /// Runs the command.
 pub fn run(args: BenchmarkArgs, console: &Console) -> anyhow::Result<Ending> {
-    let request = args.into_request()?;
+    let mut request = args.into_request()?;
     let launch = Launch::of(&request.mesh)?;
-    session::check_ranks(request.device.kind, &launch)?;
+    request.device = session::for_ranks(request.device, &launch)?;
     if launch.is_follower() {
         return session::follow(&launch, &request.model, request.device, console);
     }

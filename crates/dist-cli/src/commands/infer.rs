@@ -21,9 +21,9 @@ use crate::session::{self, Crew, Demand, Device, DeviceReport, Rates, Session, S
 
 /// Runs the command.
 pub fn run(args: InferArgs, console: &Console) -> anyhow::Result<Ending> {
-    let request = args.into_request()?;
+    let mut request = args.into_request()?;
     let launch = Launch::of(&request.mesh)?;
-    session::check_ranks(request.device.kind, &launch)?;
+    request.device = session::for_ranks(request.device, &launch)?;
     if launch.is_follower() {
         return session::follow(&launch, &request.model, request.device, console);
     }

@@ -1,19 +1,18 @@
 //! A backend as the commands need it: how it is opened, what it is called, what it can do.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use dist_core::{DType, DeviceKind};
 use dist_kernels::cpu::{CpuBackend, CpuOptions};
-use dist_kernels::cuda::cache::KernelCache;
-use dist_kernels::cuda::libraries::{Libraries, LibraryDirs};
+use dist_kernels::cuda::staging::StagingOptions;
 use dist_kernels::cuda::{CudaBackend, CudaOptions};
 use dist_kernels::{Backend, KernelError};
 
 use super::DeviceReport;
 use crate::bench::Ceilings;
 use crate::flags::DeviceRequest;
+use crate::gpu;
 use crate::launch::Launch;
 use crate::machine;
 use crate::problem::Problem;
@@ -65,11 +64,11 @@ impl Device for CpuBackend {
 impl Device for CudaBackend {
     fn open_as(request: DeviceRequest) -> anyhow::Result<(Self, DeviceReport)> {
         let options = CudaOptions {
-            libraries: Arc::new(Libraries::new(library_dirs())),
-            cache: KernelCache::new(kernel_cache()),
-            ordinal: 0,
+            libraries: Arc::new(gpu::libraries()),
+            cache: gpu::kernel_cache()?,
+            ordinal: request.ordinal,
             cast: request.cast,
-            load_threads: request.threads.min(8),
+            staging: StagingOptions::of_cores(request.threads),
         };
         let backend = Self::new(options).map_err(gpu_problem)?;
         let name = backend.describe().name.clone();
@@ -92,10 +91,11 @@ impl Device for CudaBackend {
     }
 }
 
-/// One GPU serves one rank so far.
-pub fn check_ranks(kind: DeviceKind, launch: &Launch) -> anyhow::Result<()> {
-    match (kind, launch.world_size()) {
-        (DeviceKind::Cpu, _) | (_, 1) => Ok(()),
+/// One GPU serves one rank so far: several ranks run on the processor, unless a GPU was named.
+pub fn for_ranks(request: DeviceRequest, launch: &Launch) -> anyhow::Result<DeviceRequest> {
+    match (request.kind, launch.world_size()) {
+        (DeviceKind::Cpu, _) | (_, 1) => Ok(request),
+        (DeviceKind::Cuda, _) if !request.is_named => Ok(DeviceRequest { kind: DeviceKind::Cpu, ..request }),
         (DeviceKind::Cuda, n) => {
             let problem = Problem::usage(format!("--device cuda: {n} ranks, and only one can run on a GPU"));
             Err(problem.help("leave out --tp and --pp, or use --device cpu").into())
@@ -108,33 +108,6 @@ fn gpu_problem(error: KernelError) -> Problem {
         KernelError::Cuda(error) => error.help(),
         _ => None,
     };
-    let problem = Problem::failed("the GPU cannot be used").because(error);
-    match help {
-        Some(help) => problem.help(help),
-        None => problem.help("use --device cpu"),
-    }
-}
-
-/// Where NVIDIA's libraries may be: what the user names, what the loader knows, Python's packages, the toolkit.
-fn library_dirs() -> LibraryDirs {
-    let first = std::env::var_os("DIST_CUDA_LIB").map(|dirs| std::env::split_paths(&dirs).collect());
-    let mut last = Vec::new();
-    for root in ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(std::env::var_os) {
-        let versions = std::fs::read_dir(PathBuf::from(root).join("lib")).into_iter().flatten();
-        let mut found: Vec<_> =
-            versions.filter_map(|entry| Some(entry.ok()?.path().join("site-packages/nvidia/cu13/lib"))).collect();
-        found.retain(|dir| dir.is_dir());
-        found.sort();
-        last.extend(found);
-    }
-    last.push(PathBuf::from("/usr/local/cuda/lib64"));
-    LibraryDirs { first: first.unwrap_or_default(), asks_loader: true, last }
-}
-
-/// Where compiled kernels are kept.
-fn kernel_cache() -> PathBuf {
-    let path = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let of_user = || path("XDG_CACHE_HOME").or_else(|| Some(path("HOME")?.join(".cache")));
-    path("DIST_KERNEL_CACHE")
-        .unwrap_or_else(|| of_user().unwrap_or_else(std::env::temp_dir).join("dist/kernels"))
+    let help = help.unwrap_or_else(|| "use --device cpu".to_owned());
+    Problem::failed("the GPU cannot be used").because(error).help(help)
 }

@@ -9,11 +9,12 @@ use dist_core::raw::{PeerHandle, PeerWindow, RawBuf};
 use super::buf::CudaBuf;
 use super::cache::KernelCache;
 use super::driver::{Context, DeviceInfo, DeviceMemory, Driver, Graph, Stream};
+use super::inputs::Inputs;
 use super::libraries::Libraries;
 use super::loaded::Kernels;
 use super::sample::PackedRows;
-use super::staging::Staging;
-use super::weight::{copy_rows, row_elements};
+use super::staging::{Staging, StagingOptions};
+use super::weight::{copy_bytes, row_elements};
 use crate::args::{
     AddBiasArgs, AddBiasNormArgs, AttentionArgs, EmbedArgs, GatherRowsArgs, LinearArgs, LogitsArgs,
     SampleArgs,
@@ -24,9 +25,7 @@ use crate::weight::{HostWeight, Layout, Weight, WeightPart};
 
 pub(super) const NAME: &str = "cuda";
 /// Half of what the arrays of a step pass through.
-const STEP_STAGING_BYTES: usize = 1 << 20;
-/// Half of what weights pass through.
-const WEIGHT_STAGING_BYTES: usize = 16 << 20;
+const INPUT_BYTES: usize = 1 << 20;
 
 /// How a [`CudaBackend`] shall run.
 #[derive(Clone, Debug)]
@@ -39,8 +38,8 @@ pub struct CudaOptions {
     pub ordinal: usize,
     /// What weights in `f32` become; without it they are refused, for no kernel takes them.
     pub cast: Option<DType>,
-    /// Threads that bring weights into pinned memory.
-    pub load_threads: usize,
+    /// How weights travel.
+    pub staging: StagingOptions,
 }
 
 /// The backend that runs on one NVIDIA GPU. It belongs to the thread that made it.
@@ -48,12 +47,13 @@ pub struct CudaOptions {
 pub struct CudaBackend {
     pub(super) kernels: Kernels,
     pub(super) stream: Rc<Stream>,
-    pub(super) staging: Staging,
+    pub(super) inputs: Inputs,
+    /// Taken when the first weight comes.
     weights: Option<Staging>,
     pub(super) scratch: Scratch,
     pub(super) packed: PackedRows,
     cast: Option<DType>,
-    load_threads: usize,
+    staging: StagingOptions,
     pub(super) context: Context,
 }
 
@@ -92,18 +92,17 @@ pub(super) fn grown<'a>(
 impl CudaBackend {
     /// Opens the driver and takes a GPU for this thread.
     pub fn new(options: CudaOptions) -> Result<Self> {
-        let CudaOptions { libraries, cache, ordinal, cast, load_threads } = options;
+        let CudaOptions { libraries, cache, ordinal, cast, staging } = options;
         if let Some(dtype) = cast.filter(|&dtype| !is_native(dtype)) {
             return Err(KernelError::WeightType { backend: NAME, dtype });
         }
         let driver = Driver::open(&libraries)?;
         let context = Context::new(&driver, ordinal)?;
         let stream = Rc::new(context.stream()?);
-        let staging = Staging::new(&context, "inputs of a step", STEP_STAGING_BYTES)?;
+        let inputs = Inputs::new(&context, INPUT_BYTES)?;
         let kernels = Kernels::new(context.clone(), libraries, cache);
         let (scratch, packed) = (Scratch::default(), PackedRows::default());
-        let load_threads = load_threads.max(1);
-        Ok(Self { kernels, stream, staging, weights: None, scratch, packed, cast, load_threads, context })
+        Ok(Self { kernels, stream, inputs, weights: None, scratch, packed, cast, staging, context })
     }
 
     /// The GPU that it runs on.
@@ -116,6 +115,14 @@ impl CudaBackend {
         Ok(self.context.memory()?)
     }
 
+    /// Waits for the last weights, which come on a stream of their own, and gives their buffers back.
+    pub(super) fn finish_weights(&mut self) -> Result<()> {
+        match self.weights.take() {
+            Some(staging) => Ok(staging.finish()?),
+            None => Ok(()),
+        }
+    }
+
     /// The type that weights of `stored` have on the GPU.
     fn weight_type(&self, stored: DType) -> Result<DType> {
         if is_native(stored) {
@@ -123,32 +130,6 @@ impl CudaBackend {
         }
         let cast = self.cast.filter(|_| stored == DType::F32);
         cast.ok_or(KernelError::WeightType { backend: NAME, dtype: stored })
-    }
-
-    /// Sends a weight's rows piece by piece, each brought together by several threads.
-    fn send_weight(&mut self, weight: &HostWeight, dtype: DType, memory: &DeviceMemory) -> Result<()> {
-        let row_bytes = row_elements(weight.k) * dtype.bytes();
-        let too_small = self.weights.as_ref().is_none_or(|staging| staging.piece_bytes() < row_bytes);
-        if too_small {
-            let n_bytes = WEIGHT_STAGING_BYTES.max(row_bytes);
-            self.weights = Some(Staging::new(&self.context, "weights on their way", n_bytes)?);
-        }
-        let staging = self.weights.as_mut().expect("taken above");
-        let (n, per_piece) = (weight.n(), staging.piece_bytes() / row_bytes);
-        for first in (0..n).step_by(per_piece) {
-            let rows = first..n.min(first + per_piece);
-            let (n_bytes, per_thread) = (rows.len() * row_bytes, rows.len().div_ceil(self.load_threads));
-            staging.piece(&self.stream, memory, first * row_bytes, n_bytes, |bytes| {
-                std::thread::scope(|scope| {
-                    let starts = rows.clone().step_by(per_thread);
-                    for (start, bytes) in starts.zip(bytes.chunks_mut(per_thread * row_bytes)) {
-                        let rows = start..rows.end.min(start + per_thread);
-                        scope.spawn(move || copy_rows(weight, rows, dtype, bytes));
-                    }
-                });
-            })?;
-        }
-        Ok(())
     }
 }
 
@@ -179,24 +160,31 @@ impl Backend for CudaBackend {
         let dtype = self.weight_type(weight.dtype)?;
         weight.check()?;
         let (n, k, ld) = (weight.n(), weight.k, row_elements(weight.k));
-        let data = self.alloc("a weight", dtype, n * ld)?;
-        self.send_weight(&weight, dtype, &data.memory)?;
+        let mut data = self.alloc("a weight", dtype, n * ld)?;
+        if self.weights.is_none() {
+            self.weights = Some(Staging::new(&self.context, self.staging)?);
+        }
+        let staging = self.weights.as_mut().expect("taken above");
+        let n_bytes = n * ld * dtype.bytes();
+        staging.load(&mut data.memory, 0, n_bytes, &|from, bytes| copy_bytes(&weight, from, dtype, bytes))?;
         Ok(Weight { parts: vec![WeightPart { data, n, ld }], dtype, layout: Layout::Nk, n, k })
     }
 
     fn upload(&mut self, dst: &mut CudaBuf, at: usize, src: &[u8]) -> Result<()> {
         let at = at * dst.dtype.bytes();
-        Ok(self.staging.upload(&self.stream, &dst.memory, at, src)?)
+        Ok(self.inputs.upload(&self.stream, &dst.memory, at, src)?)
     }
 
     fn download(&mut self, src: &CudaBuf, at: usize, dst: &mut [u8]) -> Result<()> {
         if dst.is_empty() {
             return Ok(());
         }
+        self.finish_weights()?;
         Ok(self.stream.download(dst, &src.memory, at * src.dtype.bytes())?)
     }
 
     fn synchronize(&mut self) -> Result<()> {
+        self.finish_weights()?;
         Ok(self.stream.synchronize()?)
     }
 
@@ -208,11 +196,13 @@ impl Backend for CudaBackend {
 
     fn embed(&mut self, args: EmbedArgs<'_, Self>) -> Result<()> {
         args.check();
+        self.finish_weights()?;
         self.launch_embed(&args)
     }
 
     fn linear(&mut self, args: LinearArgs<'_, Self>) -> Result<()> {
         args.check();
+        self.finish_weights()?;
         self.launch_linear(args)
     }
 
@@ -238,6 +228,7 @@ impl Backend for CudaBackend {
 
     fn logits(&mut self, args: LogitsArgs<'_, Self>) -> Result<()> {
         args.check();
+        self.finish_weights()?;
         self.launch_logits(&args)
     }
 

@@ -187,8 +187,8 @@ impl CudaBackend {
         )?;
         let partials =
             grown(&mut scratch.sample, context, "scratch of sampling", n * chunks * PARTIAL_BYTES)?;
-        self.staging.upload(stream, rows, 0, bytemuck::cast_slice(&self.packed.rows))?;
-        self.staging.upload(stream, changes, 0, bytemuck::cast_slice(&self.packed.changes))?;
+        self.inputs.upload(stream, rows, 0, bytemuck::cast_slice(&self.packed.rows))?;
+        self.inputs.upload(stream, changes, 0, bytemuck::cast_slice(&self.packed.changes))?;
         let params = SampleParams {
             logits: args.logits.address(),
             ld: args.ld as i64,

@@ -1,7 +1,7 @@
 //! How a checkpoint's weight becomes one matrix of 16-bit elements on the GPU: rows are outputs, inputs lie side by
 //! side, and rows begin at multiples of 16 bytes.
 //!
-//! The work is cut into pieces of rows, so that the caller can fill one pinned buffer while another one is under way.
+//! The work is cut into pieces of bytes, so that several threads can fill one pinned buffer each.
 
 use std::ops::Range;
 
@@ -15,8 +15,35 @@ pub(super) fn row_elements(k: usize) -> usize {
     k.next_multiple_of(8)
 }
 
+/// Writes the bytes of the whole matrix from `from` on, as many as `dst` takes.
+pub(super) fn copy_bytes(weight: &HostWeight, from: usize, dtype: DType, dst: &mut [u8]) {
+    let row_bytes = row_elements(weight.k) * dtype.bytes();
+    let (mut row, mut dst) = (from / row_bytes, dst);
+    let mut line = Vec::new();
+    // A row that began before, or ends later, is made whole beside.
+    let mut part = |row: usize, at: usize, dst: &mut [u8]| {
+        line.resize(row_bytes, 0);
+        copy_rows(weight, row..row + 1, dtype, &mut line);
+        dst.copy_from_slice(&line[at..at + dst.len()]);
+    };
+    let begun = from % row_bytes;
+    if begun > 0 {
+        let (first, rest) = dst.split_at_mut(dst.len().min(row_bytes - begun));
+        part(row, begun, first);
+        (row, dst) = (row + 1, rest);
+    }
+    let n_rows = dst.len() / row_bytes;
+    let (whole, last) = dst.split_at_mut(n_rows * row_bytes);
+    if n_rows > 0 {
+        copy_rows(weight, row..row + n_rows, dtype, whole);
+    }
+    if !last.is_empty() {
+        part(row + n_rows, 0, last);
+    }
+}
+
 /// Writes rows `rows` of the whole weight, `row_elements(k)` elements each, to `dst` as `dtype`.
-pub(super) fn copy_rows(weight: &HostWeight, rows: Range<usize>, dtype: DType, dst: &mut [u8]) {
+fn copy_rows(weight: &HostWeight, rows: Range<usize>, dtype: DType, dst: &mut [u8]) {
     let mut first = 0;
     for part in &weight.parts {
         let (from, to) = (rows.start.max(first), rows.end.min(first + part.n));
@@ -78,7 +105,7 @@ fn transpose(
 }
 
 /// Copies elements, rounding to the nearest where the types differ.
-pub(super) fn cast(src: &[u8], from: DType, dst: &mut [u8], to: DType) {
+fn cast(src: &[u8], from: DType, dst: &mut [u8], to: DType) {
     if from == to {
         dst.copy_from_slice(src);
         return;
@@ -121,6 +148,25 @@ mod tests {
         copy_rows(&weight, 1..3, DType::BF16, &mut dst);
         let expected = [4.0, 5.0, 6.0, 0.0, 0.0, 0.0, 0.0, 0.0, 7.0, 8.0, 10.0, 0.0, 0.0, 0.0, 0.0, 0.0];
         assert_eq!(values(&dst), expected);
+    }
+
+    #[test]
+    fn pieces_may_begin_and_end_inside_rows() {
+        let stored: Vec<f32> = (0..7 * 5).map(|i| i as f32).collect();
+        for layout in [Layout::Nk, Layout::Kn] {
+            let (n, k, ld) = if layout == Layout::Nk { (7, 5, 5) } else { (5, 7, 5) };
+            let part = HostPart { bytes: host(&stored), offset: 0, n, ld };
+            let weight = HostWeight { parts: vec![part], dtype: DType::F32, layout, k };
+            let mut whole = vec![0xff; n * 8 * 2];
+            copy_rows(&weight, 0..n, DType::BF16, &mut whole);
+            for size in [1, 3, 15, 16, 17, 40, whole.len()] {
+                let mut pieces = vec![0xff; whole.len()];
+                for (i, piece) in pieces.chunks_mut(size).enumerate() {
+                    copy_bytes(&weight, i * size, DType::BF16, piece);
+                }
+                assert_eq!(pieces, whole, "{layout:?} by {size} bytes");
+            }
+        }
     }
 
     #[test]
