@@ -1,7 +1,11 @@
 //! The decoder on a GPU against Hugging Face transformers: log-probabilities of every fixture and of the demo model,
 //! within twice of what bf16 itself costs, which is measured beside. Without a GPU the tests say so and pass.
 
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "what was seen, beside the bound; skips are loud")]
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "what was seen, beside the bound; skips are loud"
+)]
 
 #[path = "support/fixtures.rs"]
 #[allow(dead_code, reason = "support is shared; no test needs all of it")]
@@ -40,7 +44,13 @@ fn gpu(test: &str) -> Option<CudaBackend> {
     let cache = cache.unwrap_or_else(|| std::env::temp_dir().join("dist-kernel-cache"));
     let libraries = Arc::new(Libraries::new(dirs));
     let cache = KernelCache::new(cache);
-    let options = CudaOptions { libraries, cache, ordinal: 0, cast: Some(DType::BF16), staging: StagingOptions { n_readers: 2, chunk_bytes: 1 << 20 } };
+    let options = CudaOptions {
+        libraries,
+        cache,
+        ordinal: 0,
+        cast: Some(DType::BF16),
+        staging: StagingOptions { n_readers: 2, chunk_bytes: 1 << 20 },
+    };
     match CudaBackend::new(options) {
         Ok(backend) => return Some(backend),
         Err(KernelError::Cuda(error @ (CudaError::Library(_) | CudaError::NoGpu))) => {

@@ -57,7 +57,9 @@ pub enum KernelError {
 impl From<CudaError> for KernelError {
     fn from(error: CudaError) -> Self {
         match error {
-            CudaError::OutOfMemory { what, needed, free } => Self::OutOfMemory { what, needed, available: free },
+            CudaError::OutOfMemory { what, needed, free } => {
+                Self::OutOfMemory { what, needed, available: free }
+            }
             other => Self::Cuda(other),
         }
     }

@@ -129,7 +129,8 @@ fn attention() {
             let heads = (n_heads, n_kv_heads, d_head);
             let case = Case::new(&mut random, seqs, heads, (block_size, window), dtype);
             let (found, expected) = (case.run(&mut gpu, dtype), case.run(&mut cpu, DType::F32));
-            let what = format!("attention {dtype}, {heads:?}, {seqs:?}, blocks of {block_size}, window {window:?}");
+            let what =
+                format!("attention {dtype}, {heads:?}, {seqs:?}, blocks of {block_size}, window {window:?}");
             assert_near(&what, &found, &expected, bound(dtype));
         }
     }
@@ -146,7 +147,9 @@ fn a_page_size_that_is_no_multiple_of_16_works_too() {
 
 #[test]
 fn a_sequence_gives_the_same_bits_in_another_place_of_the_batch() {
-    let Some((_one, mut gpu)) = gpu("a_sequence_gives_the_same_bits_in_another_place_of_the_batch") else { return };
+    let Some((_one, mut gpu)) = gpu("a_sequence_gives_the_same_bits_in_another_place_of_the_batch") else {
+        return;
+    };
     let mut random = Random::new();
     let seqs = [(1, 900), (1, 33), (1, 260), (1, 16)];
     let case = Case::new(&mut random, &seqs, (8, 8, 128), (16, None), DType::BF16);

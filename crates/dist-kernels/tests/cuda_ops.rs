@@ -81,8 +81,7 @@ fn linear() {
     let Some((_one, mut gpu)) = gpu("linear") else { return };
     let (mut cpu, mut random) = (cpu(), Random::new());
     let shapes = [(40, 136), (104, 64), (777, 1032), (2304, 768), (96, 3072), (77, 33), (52, 6)];
-    let functions =
-        [None, Some(Activation::GeluTanh), Some(Activation::GeluErf), Some(Activation::Relu)];
+    let functions = [None, Some(Activation::GeluTanh), Some(Activation::GeluErf), Some(Activation::Relu)];
     for (i, rows) in [1, 2, 7, 8, 9, 15, 16, 17, 32, 33, 63, 64, 65, 130, 300, 1025].into_iter().enumerate() {
         for (j, (n, k)) in shapes.into_iter().enumerate() {
             let dtype = TYPES[(i + j) % 2];
@@ -110,7 +109,12 @@ fn a_row_gives_the_same_bits_alone_and_among_others() {
             let all = Product::new(&mut random, (rows, n, k), DType::BF16);
             let mut run = |product: &Product| product.run(&mut gpu, DType::BF16, (Layout::Nk, 1), None);
             let found = run(&all);
-            let turned = Product { x: all.x.rchunks(k).flatten().copied().collect(), w: all.w.clone(), bias: all.bias.clone(), ..all };
+            let turned = Product {
+                x: all.x.rchunks(k).flatten().copied().collect(),
+                w: all.w.clone(),
+                bias: all.bias.clone(),
+                ..all
+            };
             let back: Vec<f32> = run(&turned).rchunks(n).flatten().copied().collect();
             assert!(found == back, "{rows} rows in another order, {n} x {k}");
             // The fewest rows of the same bucket, from any place; many rows have none.
@@ -168,13 +172,21 @@ fn linear_appends_keys_and_values() {
             let dtype = TYPES[i % 2];
             let n = (n_heads + 2 * n_kv_heads) * d_head;
             let product = Product::new(&mut random, (rows, n, 512), dtype);
-            let layout = KvLayout { n_layers_local: 1, n_kv_heads_local: n_kv_heads, d_head, dtype, block_size: 16 };
+            let layout =
+                KvLayout { n_layers_local: 1, n_kv_heads_local: n_kv_heads, d_head, dtype, block_size: 16 };
             // Each row its own slot, far from its neighbours'; some rows are padding.
-            let slots: Vec<i32> = (0..rows as i32).map(|r| if r % 7 == 3 { -1 } else { r * 77 % 192 }).collect();
+            let slots: Vec<i32> =
+                (0..rows as i32).map(|r| if r % 7 == 3 { -1 } else { r * 77 % 192 }).collect();
             let expected = append(&mut cpu, DType::F32, &product, layout, &slots);
             let found = append(&mut gpu, dtype, &product, layout, &slots);
-            for ((found, expected), what) in found.iter().zip(&expected).zip(["q | k | v", "keys", "values"]) {
-                assert_near(&format!("{what}, {rows} rows, {n_heads} heads of {d_head}"), found, expected, bound(dtype));
+            for ((found, expected), what) in found.iter().zip(&expected).zip(["q | k | v", "keys", "values"])
+            {
+                assert_near(
+                    &format!("{what}, {rows} rows, {n_heads} heads of {d_head}"),
+                    found,
+                    expected,
+                    bound(dtype),
+                );
             }
         }
     }
@@ -314,10 +326,16 @@ fn embed_gather_and_add_bias() {
             before: random.normal(rows * d, 1.0, dtype),
             dtype,
         };
-        for (first, parts) in [(0, (true, true)), (50, (true, false)), (0, (false, true)), (50, (true, true))] {
+        for (first, parts) in [(0, (true, true)), (50, (true, false)), (0, (false, true)), (50, (true, true))]
+        {
             let expected = tables.run(&mut cpu, DType::F32, first, parts);
             let found = tables.run(&mut gpu, dtype, first, parts);
-            assert_near(&format!("embed {dtype} {d}, from {first}, {parts:?}"), &found, &expected, bound(dtype));
+            assert_near(
+                &format!("embed {dtype} {d}, from {first}, {parts:?}"),
+                &found,
+                &expected,
+                bound(dtype),
+            );
         }
         let order: Vec<u32> = (0..5).map(|_| random.below(rows) as u32).collect();
         for dtype in [dtype, DType::F32] {
@@ -413,7 +431,8 @@ fn what_does_not_fit_is_named() {
 #[test]
 fn weights_in_f32_are_refused_or_cast() {
     let Some((_one, mut plain)) = gpu("weights_in_f32_are_refused_or_cast") else { return };
-    let bytes = HostBytes::new([1.0_f32, -2.5, 3.0, 4.0].iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
+    let bytes =
+        HostBytes::new([1.0_f32, -2.5, 3.0, 4.0].iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
     let host = || HostWeight {
         parts: vec![HostPart { bytes: bytes.clone(), offset: 0, n: 2, ld: 2 }],
         dtype: DType::F32,

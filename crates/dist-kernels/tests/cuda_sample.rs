@@ -26,7 +26,8 @@ fn sample<B: Backend>(
 ) -> Outcome {
     let n = rows.len();
     let mut logits = put(backend, DType::F32, logits);
-    let (mut ids, mut top_ids) = (words(backend, &vec![u32::MAX; n]), words(backend, &vec![u32::MAX; n * n_top]));
+    let (mut ids, mut top_ids) =
+        (words(backend, &vec![u32::MAX; n]), words(backend, &vec![u32::MAX; n * n_top]));
     let mut logprobs = poisoned(backend, DType::F32, n);
     let mut top_logprobs = poisoned(backend, DType::F32, n * n_top);
     backend
@@ -54,10 +55,12 @@ fn sample<B: Backend>(
 fn any_row(random: &mut Random, n_vocab: usize) -> SampleRow {
     let mut counts = vec![];
     if random.below(3) == 0 {
-        let mut ids: Vec<u32> = (0..random.pick(&[1, 40, 2500])).map(|_| random.below(n_vocab + 3) as u32).collect();
+        let mut ids: Vec<u32> =
+            (0..random.pick(&[1, 40, 2500])).map(|_| random.below(n_vocab + 3) as u32).collect();
         ids.sort_unstable();
         ids.dedup();
-        let mut count = |id| TokenCount { id, n_prompt: random.below(3) as u32, n_output: random.below(3) as u32 };
+        let mut count =
+            |id| TokenCount { id, n_prompt: random.below(3) as u32, n_output: random.below(3) as u32 };
         counts = ids.into_iter().map(&mut count).collect();
     }
     let n_biases = random.pick(&[0, 0, 1, 300]);
@@ -143,6 +146,9 @@ fn the_gpu_draws_what_the_cpu_draws() {
         let at = random.below(n_rows);
         let own = &logits[at * ld..][..ld];
         let alone = sample(&mut gpu, &rows[at..=at], own, (n_vocab, ld), n_top);
-        assert_eq!((alone.ids[0], alone.logprobs[0].to_bits()), (found.ids[at], found.logprobs[at].to_bits()));
+        assert_eq!(
+            (alone.ids[0], alone.logprobs[0].to_bits()),
+            (found.ids[at], found.logprobs[at].to_bits())
+        );
     }
 }

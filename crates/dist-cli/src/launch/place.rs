@@ -338,9 +338,7 @@ mod tests {
 
     #[test]
     fn ranks_of_one_machine_share_its_threads() {
-        let device = |threads| {
-            DeviceRequest { threads, is_chosen: true, ..DeviceRequest::CPU }
-        };
+        let device = |threads| DeviceRequest { threads, is_chosen: true, ..DeviceRequest::CPU };
         let shares = |threads, n: usize| {
             let of =
                 |rank| launch(under_torchrun(rank, n), &degrees(None, None)).share(device(threads)).threads;

@@ -43,8 +43,7 @@ impl Device for CpuBackend {
         })?;
         let described = backend.describe();
         let (name, kind, cast) = (machine::cpu_name(), DeviceKind::Cpu, None);
-        let report =
-            DeviceReport { kind, name, threads: described.threads, path: described.path, cast };
+        let report = DeviceReport { kind, name, threads: described.threads, path: described.path, cast };
         Ok((backend, report))
     }
 

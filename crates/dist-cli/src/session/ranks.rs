@@ -64,7 +64,12 @@ fn identity(launch: &Launch, model: &Model) -> anyhow::Result<(Identity, u64)> {
 
 impl Crew {
     /// Starts and meets the other ranks, and asks what they have.
-    pub fn gather(launch: &Launch, model: &Model, free: Option<u64>, console: &Console) -> anyhow::Result<Self> {
+    pub fn gather(
+        launch: &Launch,
+        model: &Model,
+        free: Option<u64>,
+        console: &Console,
+    ) -> anyhow::Result<Self> {
         let limit = launch.request.collective_timeout;
         if launch.world_size() == 1 {
             launch.check_model(model.config())?;

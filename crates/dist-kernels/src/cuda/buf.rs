@@ -18,7 +18,6 @@ impl CudaBuf {
     pub fn address(&self) -> u64 {
         self.memory.address()
     }
-
 }
 
 impl Buffer for CudaBuf {

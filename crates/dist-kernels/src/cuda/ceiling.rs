@@ -31,7 +31,8 @@ impl CudaBackend {
     pub fn multiply_rate(&mut self, dtype: DType) -> Result<f64> {
         let len = SIDE * SIDE;
         // Numbers as models have them: zeros would be multiplied faster.
-        let values: Vec<u16> = (0..len as u32).map(|i| (i.wrapping_mul(0x9E37_79B9) >> 20) as u16 | 0x3800).collect();
+        let values: Vec<u16> =
+            (0..len as u32).map(|i| (i.wrapping_mul(0x9E37_79B9) >> 20) as u16 | 0x3800).collect();
         let mut x = self.alloc("a product to measure", dtype, len)?;
         self.upload(&mut x, 0, bytemuck::cast_slice(&values))?;
         let mut data = self.alloc("a product to measure", dtype, len)?;

@@ -209,7 +209,11 @@ const CLUSTER_MAX: usize = 8;
 /// not depend on their number.
 pub(super) fn sample_blocks(rows: usize, n_vocab: usize, n_sms: usize, has_clusters: bool) -> usize {
     let mut blocks = 1;
-    while has_clusters && blocks < CLUSTER_MAX && 2 * blocks * rows <= n_sms && blocks * SAMPLE_TOKENS < n_vocab {
+    while has_clusters
+        && blocks < CLUSTER_MAX
+        && 2 * blocks * rows <= n_sms
+        && blocks * SAMPLE_TOKENS < n_vocab
+    {
         blocks *= 2;
     }
     blocks
@@ -231,7 +235,8 @@ pub(super) fn norm(d: usize) -> Option<(&'static str, u32)> {
 fn has(unit: &str, symbol: &str) -> bool {
     super::units::Unit::find(unit).is_some_and(|unit| {
         let made = unit.variants.iter().any(|variant| variant.symbol == symbol);
-        let written = |end: &str| unit.files.iter().any(|file| file.text.contains(&format!("{symbol}_{end}")));
+        let written =
+            |end: &str| unit.files.iter().any(|file| file.text.contains(&format!("{symbol}_{end}")));
         let pasted = unit.files.iter().any(|file| file.text.contains(&format!("({symbol}_##dtype,")));
         made || pasted || (written("bf16") && written("f16"))
     })
@@ -249,7 +254,10 @@ mod tests {
                     let choice = streaming(rows, n, 132, is_hopper);
                     assert!(has(choice.unit, choice.symbol), "{choice:?}");
                     assert!(choice.clusters * choice.units * 8 >= n && choice.clusters <= 132, "{choice:?}");
-                    assert!((choice.clusters - 1) * choice.units * 8 < n, "{choice:?} has idle blocks for {n}");
+                    assert!(
+                        (choice.clusters - 1) * choice.units * 8 < n,
+                        "{choice:?} has idle blocks for {n}"
+                    );
                     assert!(is_hopper || choice.unit == "linear", "{choice:?}");
                     assert!(has("gemm", gemm_general(rows, n, n, 132).0));
                 }

@@ -34,7 +34,13 @@ impl Inputs {
     }
 
     /// Copies `src` to the bytes of `dst` from `at` on, after what was asked of the stream before. `src` is free at once.
-    pub(super) fn upload(&mut self, stream: &Stream, dst: &DeviceMemory, at: usize, src: &[u8]) -> Result<()> {
+    pub(super) fn upload(
+        &mut self,
+        stream: &Stream,
+        dst: &DeviceMemory,
+        at: usize,
+        src: &[u8],
+    ) -> Result<()> {
         let mut at = at;
         for piece in src.chunks(self.halves[0].memory.n_bytes()) {
             self.piece(stream, dst, at, piece)?;

@@ -6,9 +6,7 @@ mod linear;
 use bytemuck::Zeroable;
 use dist_core::DType;
 
-use super::args::{
-    AddBiasParams, Address, EmbedParams, EmbedTable, GatherParams, NormParams, SampleParams,
-};
+use super::args::{AddBiasParams, Address, EmbedParams, EmbedTable, GatherParams, NormParams, SampleParams};
 use super::backend::{CudaBackend, NAME, grown};
 use super::buf::CudaBuf;
 use super::choice;

@@ -44,7 +44,8 @@ impl Kernels {
             return Ok(Rc::clone(kernel));
         }
         let module = self.module(unit)?;
-        let told = |what| -> Result<u32> { Ok(module.integer(&format!("{symbol}_{what}"))?.unwrap_or(0) as u32) };
+        let told =
+            |what| -> Result<u32> { Ok(module.integer(&format!("{symbol}_{what}"))?.unwrap_or(0) as u32) };
         let (threads, rows, atom) = (told("threads")?, told("rows")?, told("atom")?);
         let kernel = Rc::new(Kernel { function: module.function(symbol)?, threads, rows, atom });
         self.kernels.insert(symbol.to_owned(), Rc::clone(&kernel));

@@ -141,7 +141,8 @@ mod tests {
     #[test]
     fn parts_are_stacked_padded_and_cut_anywhere() {
         // Two parts of 2 and 1 outputs, 3 inputs, the first one cut from rows of 4.
-        let first = HostPart { bytes: host(&[9.0, 1.0, 2.0, 3.0, 9.0, 4.0, 5.0, 6.0]), offset: 4, n: 2, ld: 4 };
+        let first =
+            HostPart { bytes: host(&[9.0, 1.0, 2.0, 3.0, 9.0, 4.0, 5.0, 6.0]), offset: 4, n: 2, ld: 4 };
         let second = HostPart { bytes: host(&[7.0, 8.0, 10.0]), offset: 0, n: 1, ld: 3 };
         let weight = HostWeight { parts: vec![first, second], dtype: DType::F32, layout: Layout::Nk, k: 3 };
         let mut dst = vec![0xff; 2 * 8 * 2];
@@ -172,13 +173,15 @@ mod tests {
     #[test]
     fn outputs_side_by_side_are_transposed() {
         let (k, n, ld) = (5, 150, 153);
-        let stored: Vec<f32> = (0..k * ld).map(|i| if i % ld < n { (i % ld + i / ld * 7) as f32 } else { 1e9 }).collect();
+        let stored: Vec<f32> =
+            (0..k * ld).map(|i| if i % ld < n { (i % ld + i / ld * 7) as f32 } else { 1e9 }).collect();
         let part = HostPart { bytes: host(&stored), offset: 0, n, ld };
         let weight = HostWeight { parts: vec![part], dtype: DType::F32, layout: Layout::Kn, k };
         let mut dst = vec![0xff; 100 * 8 * 2];
         copy_rows(&weight, 30..130, DType::BF16, &mut dst);
         for (row, found) in values(&dst).chunks(8).enumerate() {
-            let expected: Vec<f32> = (0..8).map(|i| if i < k { (row + 30 + i * 7) as f32 } else { 0.0 }).collect();
+            let expected: Vec<f32> =
+                (0..8).map(|i| if i < k { (row + 30 + i * 7) as f32 } else { 0.0 }).collect();
             assert_eq!(found, expected, "row {row}");
         }
     }

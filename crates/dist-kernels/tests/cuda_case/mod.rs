@@ -27,7 +27,13 @@ pub(crate) fn options(cast: Option<DType>) -> CudaOptions {
     let cache = std::env::var_os("DIST_KERNEL_CACHE").map(PathBuf::from);
     let cache = cache.unwrap_or_else(|| std::env::temp_dir().join("dist-kernel-cache"));
     let libraries = Arc::new(Libraries::new(dirs));
-    CudaOptions { libraries, cache: KernelCache::new(cache), ordinal: 0, cast, staging: StagingOptions { n_readers: 2, chunk_bytes: 1 << 20 } }
+    CudaOptions {
+        libraries,
+        cache: KernelCache::new(cache),
+        ordinal: 0,
+        cast,
+        staging: StagingOptions { n_readers: 2, chunk_bytes: 1 << 20 },
+    }
 }
 
 /// One test at a time: each takes most of what kernels need for itself.

@@ -188,7 +188,8 @@ impl<B: Backend> Decoder<B> {
         let total_bytes = specs.iter().map(local).sum();
         let state = LoadProgress { done_bytes: 0, total_bytes };
         let (is_first, is_last) = (stage == 0, stage + 1 == plan.mesh.pp);
-        let mut loader = Loader { backend, checkpoint, specs, tp, tp_rank, vectors: plan.act_dtype, progress, state };
+        let mut loader =
+            Loader { backend, checkpoint, specs, tp, tp_rank, vectors: plan.act_dtype, progress, state };
         let tokens = loader.token_table(is_first)?;
         let tables = if is_first { Some(loader.tables()?) } else { None };
         let blocks = plan.layers(stage).map(|layer| loader.block(config, layer)).collect::<Result<_, _>>()?;

@@ -219,17 +219,13 @@ struct Logits {
     template <class F>
     DEVICE_MEMBER void each(F f) const {
         int step = 4 * THREADS * blocks.size;
-        for (int from = 4 * (blocks.rank * THREADS + threadIdx.x); from < n; from += 2 * step) {
-            int second = from + step;
-            float4 v = load4(at, from, n, aligned), w = load4(at, second, n, aligned);
+#pragma unroll 1
+        for (int from = 4 * (blocks.rank * THREADS + threadIdx.x); from < n; from += step) {
+            float4 v = load4(at, from, n, aligned);
             f(v.x, from);
             if (from + 1 < n) f(v.y, from + 1);
             if (from + 2 < n) f(v.z, from + 2);
             if (from + 3 < n) f(v.w, from + 3);
-            if (second < n) f(w.x, second);
-            if (second + 1 < n) f(w.y, second + 1);
-            if (second + 2 < n) f(w.z, second + 2);
-            if (second + 3 < n) f(w.w, second + 3);
         }
     }
 };
@@ -328,7 +324,7 @@ DEVICE u64 select(SampleShared& s, const Logits& row, Measure<BY_WEIGHT> measure
         int bin = BINS - 1 - 2 * t;
         u32 n_first = 0, n_second = 0;
         u64 first = 0, second = 0, total;
-#pragma unroll 2
+#pragma unroll 1
         for (u32 rank = 0; rank < row.blocks.size; rank++) {
             u64 n = load_of(row.blocks, (const u64*)&s.counts[bin - 1], rank);
             n_first += (u32)(n >> 32), n_second += (u32)n;
