@@ -79,7 +79,7 @@ fn any_row(random: &mut Random, n_vocab: usize) -> SampleRow {
         top_k: random.pick(&[0, 0, 1, 5, 50, 3000, n_vocab as u32, n_vocab as u32 + 5]),
         top_p: random.pick(&[1.0, 1.0, 0.0, 0.1, 0.5, 0.9, 0.95, 0.999]),
         min_p: random.pick(&[0.0, 0.0, 0.05, 0.5, 2.0]),
-        seed: (random.below(1 << 31) as u64) << 33 | random.below(1 << 31) as u64,
+        seed: ((random.below(1 << 31) as u64) << 33) | random.below(1 << 31) as u64,
         sample_idx: random.below(4) as u32,
         position: random.below(5000) as u32,
     }
@@ -106,7 +106,9 @@ fn any_logits(random: &mut Random, n: usize) -> Vec<f32> {
 
 fn assert_close(what: &str, found: &[f32], expected: &[f32]) {
     for (i, (&found, &expected)) in found.iter().zip(expected).enumerate() {
-        let is_close = found == expected || (found - expected).abs() <= 2e-6 * expected.abs().max(1.0);
+        // Infinities are equal in their bits.
+        let is_close = found.to_bits() == expected.to_bits()
+            || (found - expected).abs() <= 2e-6 * expected.abs().max(1.0);
         assert!(is_close, "{what}: {i}: {found}, not {expected}");
     }
 }

@@ -162,6 +162,7 @@ pub(super) struct SampleParams {
     pub(super) rows: Address,
     pub(super) changes: Address,
     pub(super) partials: Address,
+    pub(super) tickets: Address,
     pub(super) ids: Address,
     pub(super) logprobs: Address,
     pub(super) top_ids: Address,

@@ -67,8 +67,9 @@ pub(super) struct Scratch {
     pub(super) counters: Option<DeviceMemory>,
     /// The next piece of attention's work, zero between launches.
     pub(super) next: Option<DeviceMemory>,
-    /// Sums of parts of rows of logits.
+    /// Sums of parts of rows of logits, and who of a row is done.
     pub(super) sample: Option<DeviceMemory>,
+    pub(super) tickets: Option<DeviceMemory>,
     /// What a step's rows ask of sampling.
     pub(super) rows: Option<DeviceMemory>,
     pub(super) changes: Option<DeviceMemory>,

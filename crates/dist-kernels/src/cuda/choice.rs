@@ -142,7 +142,7 @@ pub(super) fn gemm(rows: usize, n: usize, k: usize, n_sms: usize) -> Gemm {
 
 /// A kernel of `gemm` without its type, its tile and its threads.
 pub(super) fn gemm_general(rows: usize, n: usize, k: usize, n_sms: usize) -> (&'static str, usize, u32) {
-    if k % 8 != 0 {
+    if !k.is_multiple_of(8) {
         ("gemm_any", 128, 256)
     } else if rows.div_ceil(128) * n.div_ceil(128) >= n_sms {
         ("gemm_t128x128", 128, 256)
@@ -198,25 +198,6 @@ pub(super) fn decode(shape: DecodeShape, n_sms: usize) -> Option<Decode> {
     let blocks = shape.n_seqs.next_power_of_two() * shape.n_kv_heads * tiles;
     let splits = (2 * n_sms).div_ceil(blocks.max(1)).clamp(1, SPLITS_MAX);
     Some(Decode { splits, tiles, part_floats: DECODE_ENTRIES * (shape.d_head + 2) })
-}
-
-/// Tokens that are worth a block of `sample`.
-const SAMPLE_TOKENS: usize = 4096;
-/// What every Hopper GPU takes for a cluster.
-const CLUSTER_MAX: usize = 8;
-
-/// Blocks that share a row of `sample`: while the GPU has room for them, and each has enough to do. What a row gives does
-/// not depend on their number.
-pub(super) fn sample_blocks(rows: usize, n_vocab: usize, n_sms: usize, has_clusters: bool) -> usize {
-    let mut blocks = 1;
-    while has_clusters
-        && blocks < CLUSTER_MAX
-        && 2 * blocks * rows <= n_sms
-        && blocks * SAMPLE_TOKENS < n_vocab
-    {
-        blocks *= 2;
-    }
-    blocks
 }
 
 /// A kernel of `add_bias_norm` without its type, and its threads; `None` for rows that are too long.
@@ -296,16 +277,6 @@ mod tests {
             let first = streaming(*bucket.start(), 4096, 132, true);
             assert!(bucket.clone().all(|rows| streaming(rows, 4096, 132, true) == first), "{bucket:?}");
         }
-    }
-
-    #[test]
-    fn rows_of_logits_are_shared_where_there_is_room() {
-        assert_eq!(sample_blocks(1, 50257, 132, true), 8);
-        assert_eq!(sample_blocks(16, 50257, 132, true), 8);
-        assert_eq!(sample_blocks(64, 50257, 132, true), 2);
-        assert_eq!(sample_blocks(256, 50257, 132, true), 1);
-        assert_eq!(sample_blocks(1, 300, 132, true), 1);
-        assert_eq!(sample_blocks(1, 50257, 108, false), 1);
     }
 
     #[test]

@@ -185,6 +185,7 @@ impl CudaBackend {
         )?;
         let partials =
             grown(&mut scratch.sample, context, "scratch of sampling", n * chunks * PARTIAL_BYTES)?;
+        let tickets = grown(&mut scratch.tickets, context, "scratch of sampling", n * 4)?;
         self.inputs.upload(stream, rows, 0, bytemuck::cast_slice(&self.packed.rows))?;
         self.inputs.upload(stream, changes, 0, bytemuck::cast_slice(&self.packed.changes))?;
         let params = SampleParams {
@@ -193,6 +194,7 @@ impl CudaBackend {
             rows: rows.address(),
             changes: changes.address(),
             partials: partials.address(),
+            tickets: tickets.address(),
             ids: args.ids.address(),
             logprobs: args.logprobs.address(),
             top_ids: args.top_ids.address(),
@@ -200,12 +202,7 @@ impl CudaBackend {
             n_vocab: n_vocab as i32,
             n_top: args.n_top as i32,
         };
-        let info = context.info();
-        let blocks = choice::sample_blocks(n, n_vocab, info.n_sms, info.is_hopper_or_later()) as u32;
-        let kernel = self.kernels.get("sample", "sample_f32")?;
-        let mut launch = kernel.function.over([blocks, n as u32, 1], SAMPLE_THREADS);
-        launch.cluster = blocks;
-        Ok(kernel.function.launch(stream, &launch, &params, &[])?)
+        self.start(("sample", "sample_f32"), [chunks as u32, n as u32, 1], SAMPLE_THREADS, &params)
     }
 }
 

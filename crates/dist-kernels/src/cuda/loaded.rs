@@ -30,17 +30,17 @@ pub(super) struct Kernels {
     libraries: Arc<Libraries>,
     cache: KernelCache,
     modules: HashMap<&'static str, Module>,
-    kernels: HashMap<String, Rc<Kernel>>,
+    loaded: HashMap<String, Rc<Kernel>>,
 }
 
 impl Kernels {
     pub(super) fn new(context: Context, libraries: Arc<Libraries>, cache: KernelCache) -> Self {
-        Self { context, libraries, cache, modules: HashMap::new(), kernels: HashMap::new() }
+        Self { context, libraries, cache, modules: HashMap::new(), loaded: HashMap::new() }
     }
 
     /// The kernel `symbol` of `unit`.
     pub(super) fn get(&mut self, unit: &'static str, symbol: &str) -> Result<Rc<Kernel>> {
-        if let Some(kernel) = self.kernels.get(symbol) {
+        if let Some(kernel) = self.loaded.get(symbol) {
             return Ok(Rc::clone(kernel));
         }
         let module = self.module(unit)?;
@@ -48,7 +48,7 @@ impl Kernels {
             |what| -> Result<u32> { Ok(module.integer(&format!("{symbol}_{what}"))?.unwrap_or(0) as u32) };
         let (threads, rows, atom) = (told("threads")?, told("rows")?, told("atom")?);
         let kernel = Rc::new(Kernel { function: module.function(symbol)?, threads, rows, atom });
-        self.kernels.insert(symbol.to_owned(), Rc::clone(&kernel));
+        self.loaded.insert(symbol.to_owned(), Rc::clone(&kernel));
         Ok(kernel)
     }
 

@@ -4,10 +4,10 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::args::SampleRow;
 
-/// Tokens that a warp sums up at once, see `sample.cu`.
-pub(super) const CHUNK: usize = 1024;
+/// Tokens of a chunk: one block's part of a row, see `sample.cu`.
+pub(super) const CHUNK: usize = 8192;
 /// The largest vocabulary that the kernel takes.
-pub(super) const MAX_VOCAB: usize = 512 * CHUNK;
+pub(super) const MAX_VOCAB: usize = 64 * CHUNK;
 /// The most likeliest tokens that the kernel reports.
 pub(super) const MAX_TOP: usize = 1024;
 /// Bytes of the kernel's scratch for a chunk.
@@ -90,7 +90,7 @@ impl PackedRows {
 fn push_changes(changes: &mut Vec<Change>, row: &SampleRow) {
     let mut push = |id, op, value| changes.push(Change { id, op, value, before: 0.0 });
     for count in &row.counts {
-        if count.n_prompt + count.n_output > 0 && row.repetition_penalty != 1.0 {
+        if count.n_prompt + count.n_output > 0 {
             push(count.id, PENALTY, row.repetition_penalty);
         }
         if count.n_output > 0 {

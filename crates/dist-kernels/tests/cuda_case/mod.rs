@@ -1,6 +1,7 @@
 //! One code for both backends: what a test does on the GPU it does on the CPU, from the same numbers.
 #![allow(clippy::unwrap_used)] // A test stops at what should not happen.
 #![allow(dead_code)] // Each test file uses its part.
+#![allow(clippy::print_stderr)] // A skip must be loud, and the seed belongs to a failure.
 
 use std::fs::OpenOptions;
 use std::io::Write as _;
@@ -88,7 +89,7 @@ impl Random {
     pub(crate) fn below(&mut self, end: usize) -> usize {
         self.at += 1;
         let bits = philox4x32([self.at as u32, (self.at >> 32) as u32, 1, 0], self.key);
-        (u64::from(bits[0]) * end as u64 >> 32) as usize
+        ((u64::from(bits[0]) * end as u64) >> 32) as usize
     }
 
     pub(crate) fn pick<T: Copy>(&mut self, from: &[T]) -> T {

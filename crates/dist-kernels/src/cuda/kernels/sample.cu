@@ -1,18 +1,17 @@
 // sample: one token a row, a function of the row's logits, its parameters and nothing else. Bound by reading the
 // logits once; a row that filters reads them again from L2, two times a filter and once for the draw.
 //
-// Layout: logits f32 [rows, ld], the first n_vocab columns count. Scratch: partials [rows, div_ceil(n_vocab, 1024)].
+// Layout: logits f32 [rows, ld], the first n_vocab columns count. Scratch: partials [rows, chunks], tickets [rows],
+// zero before and after.
 //
-// Launch: grid (blocks of a row, rows), 1,024 threads, cluster (blocks of a row, 1, 1): one or, on Hopper, up to eight.
-// n_vocab is at most 524,288.
+// Launch: grid (chunks = div_ceil(n_vocab, 8192), rows), 1024 threads. Each block sums up its chunk; the last block of
+// a row to end does the rest of the row. n_vocab is at most 524,288.
 //
-// The blocks of a row share its tokens; what depends on all of them each block finds out by itself, from the same
-// numbers, so that all take the same way. Sums do not depend on the number of blocks: a warp sums up 1,024 tokens for
-// the normaliser, or a stride of them for the draw, in double precision, and those sums are added in one order; the
-// choice of the nucleus adds whole numbers of 2^-44. The weights of a draw are the CPU's bit for bit (the same
-// exponential, the same order of operations). Tokens, and with them all keys, are never equal.
+// The weights are the CPU's bit for bit (the same exponential, the same order of operations). Sums of weights are
+// taken in double precision for the draw, in whole numbers of 2^-44 for the choice of the nucleus, so that the order
+// of the additions does not matter; tokens, and with them all keys, are never equal.
 
-constexpr int THREADS = 1024, WARPS = THREADS / 32, CHUNK = 1024, MAX_CHUNKS = 512;
+constexpr int THREADS = 1024, WARPS = THREADS / 32, CHUNK = 8192, MAX_CHUNKS = 64;
 constexpr int BINS = 2048, MEMBERS = 1024, STRIDES = 1024;
 constexpr float LARGEST = 3.402823466e38f;
 constexpr u32 NO_TOKEN = 0xffffffffu;
@@ -50,6 +49,7 @@ struct SampleArgs {
     const SampleRow* rows;
     SampleChange* changes;
     SamplePartial* partials;
+    u32* tickets;
     u32* ids;            // [rows]
     float* logprobs;     // [rows]
     u32* top_ids;        // [rows, n_top]
@@ -61,57 +61,22 @@ struct SampleArgs {
 struct SampleShared {
     union {
         struct {
-            u32 counts[BINS], low[BINS], high[BINS];
+            u32 counts[BINS];
+            u32 low[BINS], high[BINS];
         };
         struct {
-            u64 keys[MEMBERS], measures[MEMBERS];  // of this block
+            u64 keys[MEMBERS];
+            u64 measures[MEMBERS];
         };
         double masses[STRIDES];
     };
-    u64 all_keys[MEMBERS], all_measures[MEMBERS];  // of the row
     u64 warps[WARPS];
     double sums[WARPS];
     u64 key, base;
-    double left;
-    int found, n_members, n_own;
+    double log_sum;
+    int found, n_members;
+    bool last;
 };
-
-// The blocks of a row.
-struct Blocks {
-    u32 rank, size;
-    // A barrier of all their threads; what was written before it may be read after it.
-    DEVICE_MEMBER void meet() const {
-        if (size > 1) {
-            __syncwarp();
-            cluster_arrive();
-            cluster_wait();
-        } else {
-            __syncthreads();
-        }
-    }
-};
-
-// The same place in the shared memory of block `rank`.
-template <class V>
-DEVICE V load_of(const Blocks& blocks, const V* at, u32 rank) {
-    static_assert(sizeof(V) == 8 || sizeof(V) == 4, "a word or two");
-#if HOPPER
-    if (blocks.size > 1) {
-        u32 remote;
-        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(at)), "r"(rank));
-        if constexpr (sizeof(V) == 8) {
-            u64 bits;
-            asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(bits) : "r"(remote) : "memory");
-            return *(V*)&bits;
-        } else {
-            u32 bits;
-            asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(bits) : "r"(remote) : "memory");
-            return *(V*)&bits;
-        }
-    }
-#endif
-    return *at;
-}
 
 DEVICE float minus_infinity() { return __uint_as_float(0xff800000u); }
 
@@ -208,24 +173,26 @@ DEVICE float4 load4(const float* logits, int at, int n, bool aligned) {
                        at + 2 < n ? cleaned(logits[at + 2]) : none, at + 3 < n ? cleaned(logits[at + 3]) : none);
 }
 
-// A row as all of its blocks read it.
+// A row as the whole block reads it.
 struct Logits {
     const float* at;
     int n;
     bool aligned;
-    Blocks blocks;
 
-    // Calls f(logit, id) for this thread's tokens.
+    // Calls f(logit, id) for every token.
     template <class F>
     DEVICE_MEMBER void each(F f) const {
-        int step = 4 * THREADS * blocks.size;
-#pragma unroll 1
-        for (int from = 4 * (blocks.rank * THREADS + threadIdx.x); from < n; from += step) {
-            float4 v = load4(at, from, n, aligned);
+        for (int from = 4 * threadIdx.x; from < n; from += 8 * THREADS) {
+            int second = from + 4 * THREADS;
+            float4 v = load4(at, from, n, aligned), w = load4(at, second, n, aligned);
             f(v.x, from);
             if (from + 1 < n) f(v.y, from + 1);
             if (from + 2 < n) f(v.z, from + 2);
             if (from + 3 < n) f(v.w, from + 3);
+            if (second < n) f(w.x, second);
+            if (second + 1 < n) f(w.y, second + 1);
+            if (second + 2 < n) f(w.z, second + 2);
+            if (second + 3 < n) f(w.w, second + 3);
         }
     }
 };
@@ -239,35 +206,6 @@ struct Measure {
         return __float2ull_rn(__fmul_rn(weight_of(logit, max, temperature), 17592186044416.0f));
     }
 };
-
-// Brings the keys and measures of the tokens that `takes_part` picks, at most MEMBERS, to every block of the row, in any
-// order.
-template <class P, class M>
-DEVICE void gather(SampleShared& s, const Logits& row, P takes_part, M measure) {
-    const int t = threadIdx.x;
-    row.blocks.meet();
-    if (t == 0) s.n_own = 0;
-    __syncthreads();
-    row.each([&](float logit, u32 id) {
-        u64 key = key_of(logit, id);
-        if (!takes_part(logit, key)) return;
-        int at = atomicAdd(&s.n_own, 1);
-        s.keys[at] = key;
-        s.measures[at] = measure(logit);
-    });
-    row.blocks.meet();
-    int first = 0;
-#pragma unroll 1
-    for (u32 rank = 0; rank < row.blocks.size; rank++) {
-        int n = load_of(row.blocks, &s.n_own, rank);
-        if (t >= first && t < first + n) {
-            s.all_keys[t] = load_of(row.blocks, &s.keys[t - first], rank);
-            s.all_measures[t] = load_of(row.blocks, &s.measures[t - first], rank);
-        }
-        first += n;
-    }
-    __syncthreads();
-}
 
 // The first key, going down, at which the measure of the keys so far reaches `wanted`, a share of the measure of all
 // if BY_WEIGHT, among the keys from `from` on.
@@ -291,7 +229,7 @@ DEVICE u64 select(SampleShared& s, const Logits& row, Measure<BY_WEIGHT> measure
         // Ids have 20 bits at most, so that twelve bits of every key are ones.
         const int shift = level == 1 ? 53 : level == 2 ? 42 : level == 3 ? 32 : level == 4 ? 10 : 0;
         const int mask = level < 3 ? 2047 : 1023;
-        row.blocks.meet();
+        __syncthreads();
         for (int bin = t; bin < BINS; bin += THREADS) {
             s.counts[bin] = 0;
             if constexpr (BY_WEIGHT) s.low[bin] = 0, s.high[bin] = 0;
@@ -319,34 +257,24 @@ DEVICE u64 select(SampleShared& s, const Logits& row, Measure<BY_WEIGHT> measure
             }
         });
         if (n_rest) add(0, n_rest, rest);
-        row.blocks.meet();
-        // Two bins a thread, greatest first, each of all blocks.
+        __syncthreads();
+        // Two bins a thread, greatest first.
         int bin = BINS - 1 - 2 * t;
-        u32 n_first = 0, n_second = 0;
-        u64 first = 0, second = 0, total;
-#pragma unroll 1
-        for (u32 rank = 0; rank < row.blocks.size; rank++) {
-            u64 n = load_of(row.blocks, (const u64*)&s.counts[bin - 1], rank);
-            n_first += (u32)(n >> 32), n_second += (u32)n;
-            if constexpr (BY_WEIGHT) {
-                u64 low = load_of(row.blocks, (const u64*)&s.low[bin - 1], rank);
-                u64 high = load_of(row.blocks, (const u64*)&s.high[bin - 1], rank);
-                first += (high & 0xffffffff00000000u) + (low >> 32);
-                second += (high << 32) + (u32)low;
-            }
-        }
-        if constexpr (!BY_WEIGHT) first = n_first, second = n_second;
+        const auto amount_of = [&](int bin) {
+            return BY_WEIGHT ? (u64)s.high[bin] << 32 | s.low[bin] : (u64)s.counts[bin];
+        };
+        u64 first = amount_of(bin), second = amount_of(bin - 1), total;
         u64 before = base + sum_before(first + second, s.warps, total);
         if (BY_WEIGHT && level == 0) wanted *= (double)total;
-        bool takes_first = n_first && (double)(before + first) >= wanted;
-        bool takes_second = n_second && (double)(before + first + second) >= wanted;
+        bool takes_first = s.counts[bin] && (double)(before + first) >= wanted;
+        bool takes_second = s.counts[bin - 1] && (double)(before + first + second) >= wanted;
         if (takes_first || takes_second) atomicMax(&s.found, takes_first ? bin : bin - 1);
         __syncthreads();
         int found = s.found;
         if (found < 0) return from;
         if (found == bin || found == bin - 1) {
             s.base = found == bin ? before : before + first;
-            s.n_members = found == bin ? n_first : n_second;
+            s.n_members = s.counts[found];
         }
         __syncthreads();
         base = s.base, n_members = s.n_members;
@@ -358,15 +286,25 @@ DEVICE u64 select(SampleShared& s, const Logits& row, Measure<BY_WEIGHT> measure
         }
         if (n_members <= MEMBERS) break;
     }
-    gather(s, row, takes_part, measure);
     // One key a thread: what stands before it is the sum over all that are greater.
+    __syncthreads();
+    if (t == 0) s.n_members = 0;
+    __syncthreads();
+    row.each([&](float logit, u32 id) {
+        u64 key = key_of(logit, id);
+        if (!takes_part(logit, key)) return;
+        int at = atomicAdd(&s.n_members, 1);
+        s.keys[at] = key;
+        if constexpr (BY_WEIGHT) s.measures[at] = measure(logit);
+    });
+    __syncthreads();
     if (t < n_members) {
-        u64 key = s.all_keys[t], before = base;
+        u64 key = s.keys[t], before = base;
         bool first = true;
         for (int other = 0; other < n_members; other++) {
-            if (s.all_keys[other] > key) before += BY_WEIGHT ? s.all_measures[other] : 1, first = false;
+            if (s.keys[other] > key) before += BY_WEIGHT ? s.measures[other] : 1, first = false;
         }
-        u64 through = before + (BY_WEIGHT ? s.all_measures[t] : 1);
+        u64 through = before + (BY_WEIGHT ? s.measures[t] : 1);
         if ((double)through >= wanted && (first || (double)before < wanted)) s.key = key;
     }
     __syncthreads();
@@ -385,15 +323,23 @@ struct Softmax {
 DEVICE void report_top(SampleShared& s, const SampleArgs& args, const Logits& row, const Softmax& softmax) {
     const int t = threadIdx.x, n = args.n_top;
     u64 worst = select<false>(s, row, Measure<false>{(float)softmax.max, 1.0f}, 0, n);
-    gather(s, row, [&](float, u64 key) { return key >= worst; }, [](float) { return 0ull; });
-    if (t < n && row.blocks.rank == 0) {
-        u64 key = s.all_keys[t];
+    __syncthreads();
+    if (t == 0) s.n_members = 0;
+    __syncthreads();
+    row.each([&](float logit, u32 id) {
+        u64 key = key_of(logit, id);
+        if (key >= worst) s.keys[atomicAdd(&s.n_members, 1)] = key;
+    });
+    __syncthreads();
+    if (t < n) {
+        u64 key = s.keys[t];
         int rank = 0;
-        for (int other = 0; other < n; other++) rank += s.all_keys[other] > key;
+        for (int other = 0; other < n; other++) rank += s.keys[other] > key;
         i64 to = (i64)blockIdx.y * n + rank;
         args.top_ids[to] = id_of(key);
         args.top_logprobs[to] = softmax.at(logit_of(key));
     }
+    __syncthreads();
 }
 
 // Applies penalties, biases and bans in place: a thread a token.
@@ -442,8 +388,7 @@ DEVICE double uniform(const SampleRow& how) {
     return (double)(bits >> 11) * (1.0 / 9007199254740992.0);
 }
 
-// Inverse of the distribution function: the first token, by id, at which the running sum exceeds the share `u`. The
-// first block of the row gets it.
+// Inverse of the distribution function: the first token, by id, at which the running sum exceeds the share `u`.
 template <class W>
 DEVICE u32 draw(SampleShared& s, const Logits& row, W kept_weight, double u) {
     const int t = threadIdx.x, lane = t % 32, per_lane = 8 * div_ceil(row.n, 256 * STRIDES), stride = 32 * per_lane;
@@ -456,26 +401,24 @@ DEVICE u32 draw(SampleShared& s, const Logits& row, W kept_weight, double u) {
         }
         return sum;
     };
-    const Blocks& blocks = row.blocks;
-    blocks.meet();
-    for (int at = blocks.rank * WARPS + t / 32; at < STRIDES; at += WARPS * blocks.size) {
+    __syncthreads();
+    for (int at = t / 32; at < STRIDES; at += WARPS) {
         double sum = at * stride < row.n ? sum_lane(at * stride + lane * per_lane) : 0.0;
         sum = warp_reduce(sum, [](double a, double b) { return a + b; });
         if (lane == 0) s.masses[at] = sum;
     }
     if (t == 0) s.found = STRIDES, s.n_members = 0;
-    blocks.meet();
-    if (blocks.rank > 0) return 0;
-    double mass = load_of(blocks, &s.masses[t], t / WARPS % blocks.size), total, before = sum_before(mass, s.sums, total), left = u * total;
+    __syncthreads();
+    double mass = s.masses[t], total, before = sum_before(mass, s.sums, total), left = u * total;
     if (mass > 0.0 && left < before + mass) atomicMin(&s.found, t);
     // Should rounding carry the walk past the end, the last possible token is the one.
     if (mass > 0.0) atomicMax(&s.n_members, t);
     __syncthreads();
     int found = s.found < STRIDES ? s.found : s.n_members;
-    if (t == found) s.left = left - before;
+    if (t == found) s.log_sum = left - before;
     __syncthreads();
     if (t < 32) {
-        left = s.left;
+        left = s.log_sum;
         int from = found * stride + lane * per_lane;
         double running = sum_lane(from), own = running;
 #pragma unroll
@@ -501,7 +444,7 @@ DEVICE u32 draw(SampleShared& s, const Logits& row, W kept_weight, double u) {
     return s.found;
 }
 
-// Draws a token of the adjusted logits, of which `best` is the likeliest; the first block of the row gets it.
+// Draws a token of the adjusted logits, of which `best` is the likeliest.
 DEVICE u32 choose(SampleShared& s, const SampleRow& how, const Logits& row, u64 best) {
     float max = logit_of(best);
     if (max == minus_infinity()) return how.fallback;
@@ -524,88 +467,84 @@ DEVICE u32 choose(SampleShared& s, const SampleRow& how, const Logits& row, u64 
     return draw(s, row, kept_weight, uniform(how));
 }
 
-// The sums of this block's chunks of the row, a warp's each time.
-DEVICE void sum_chunks(const Logits& row, SamplePartial* partials) {
-    const int lane = threadIdx.x % 32, n_chunks = div_ceil(row.n, CHUNK);
-    for (int chunk = row.blocks.rank * WARPS + threadIdx.x / 32; chunk < n_chunks; chunk += WARPS * row.blocks.size) {
-        const int from = chunk * CHUNK + 4 * lane;
-        float4 x[CHUNK / 128];
-#pragma unroll
-        for (int i = 0; i < CHUNK / 128; i++) x[i] = load4(row.at, from + 128 * i, row.n, row.aligned);
-        u64 best = 0;
-#pragma unroll
-        for (int i = 0; i < CHUNK / 128; i++) {
-            // The greatest of four; the first of equals.
-            int at = from + 128 * i;
-            float max = x[i].x;
-            if (x[i].y > max) max = x[i].y, at = from + 128 * i + 1;
-            if (x[i].z > max) max = x[i].z, at = from + 128 * i + 2;
-            if (x[i].w > max) max = x[i].w, at = from + 128 * i + 3;
-            best = greater(best, key_of(max, at));
-        }
-        best = warp_reduce(best, greater);
-        float max = logit_of(best), sum = 0.0f;
-        if (max > minus_infinity()) {
-            // Beyond the vocabulary stands -infinity, whose exponential is zero.
-#pragma unroll
-            for (int i = 0; i < CHUNK / 128; i++) {
-                sum += (__expf(x[i].x - max) + __expf(x[i].y - max)) + (__expf(x[i].z - max) + __expf(x[i].w - max));
-            }
-        }
-        double total = warp_reduce((double)sum, [](double a, double b) { return a + b; });
-        if (lane == 0) partials[chunk] = SamplePartial{best, total};
-    }
-}
-
 // The greatest key and the model's normaliser, from all chunks of the row.
 DEVICE Softmax combine(SampleShared& s, const SamplePartial* partials, int n_chunks, u64& best) {
-    bool there = threadIdx.x < n_chunks;
-    u64 key = there ? __ldcg(&partials[threadIdx.x].best) : 0;
-    double sum = there ? __ldcg(&partials[threadIdx.x].sum) : 0.0;
-    best = block_reduce(key, s.warps, greater);
-    float max = logit_of(best);
-    if (sum > 0.0) sum *= exp((double)logit_of(key) - (double)max);
-    sum = block_reduce(sum, s.sums, [](double a, double b) { return a + b; });
-    return Softmax{max, log(sum)};
+    if (threadIdx.x < 32) {
+        u64 keys[2];
+        double sums[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int chunk = threadIdx.x + 32 * i;
+            bool there = chunk < n_chunks;
+            keys[i] = there ? __ldcg(&partials[chunk].best) : 0;
+            sums[i] = there ? __ldcg(&partials[chunk].sum) : 0.0;
+        }
+        u64 key = warp_reduce(greater(keys[0], keys[1]), greater);
+        float max = logit_of(key);
+        double sum = 0.0;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (sums[i] > 0.0) sum += sums[i] * exp((double)logit_of(keys[i]) - (double)max);
+        }
+        sum = warp_reduce(sum, [](double a, double b) { return a + b; });
+        if (threadIdx.x == 0) s.key = key, s.log_sum = log(sum);
+    }
+    __syncthreads();
+    best = s.key;
+    return Softmax{logit_of(best), s.log_sum};
 }
 
 KERNEL __launch_bounds__(THREADS) sample_f32(const __grid_constant__ SampleArgs args) {
     __shared__ SampleShared s;
     let_next_start();
     wait_for_previous();
-    const int row_idx = blockIdx.y, n_chunks = div_ceil(args.n_vocab, CHUNK);
-    const Blocks blocks{blockIdx.x, gridDim.x};
+    const int t = threadIdx.x, chunk = blockIdx.x, n_chunks = gridDim.x, row_idx = blockIdx.y;
     float* logits = args.logits + (i64)row_idx * args.ld;
-    const Logits row{logits, args.n_vocab, (u64)logits % 16 == 0, blocks};
+    const Logits row{logits, args.n_vocab, (u64)logits % 16 == 0};
+    const int from = chunk * CHUNK + 4 * t, end = min_of(row.n, (chunk + 1) * CHUNK);
+    float x[8];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float4 v = load4(logits, from + 4 * THREADS * i, end, row.aligned);
+        x[4 * i] = v.x, x[4 * i + 1] = v.y, x[4 * i + 2] = v.z, x[4 * i + 3] = v.w;
+    }
+    u64 best = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) best = greater(best, key_of(x[i], from + 4 * THREADS * (i / 4) + i % 4));
+    best = block_reduce(best, s.warps, greater);
+    double sum = 0.0;
+    if (logit_of(best) > minus_infinity()) {
+        // Beyond the vocabulary stands -infinity, whose exponential is zero.
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += (double)exponential(__fsub_rn(x[i], logit_of(best)));
+    }
+    sum = block_reduce(sum, s.sums, [](double a, double b) { return a + b; });
     SamplePartial* partials = args.partials + (i64)row_idx * n_chunks;
-    sum_chunks(row, partials);
-    blocks.meet();
-    u64 best;
+    if (t == 0) {
+        partials[chunk] = SamplePartial{best, sum};
+        __threadfence();
+        s.last = atomicAdd(&args.tickets[row_idx], 1) == n_chunks - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    if (!s.last) return;
+    if (t == 0) args.tickets[row_idx] = 0;
     Softmax softmax = combine(s, partials, n_chunks, best);
     if (args.n_top > 0) report_top(s, args, row, softmax);
     const SampleRow how = args.rows[row_idx];
     SampleChange* changes = args.changes + how.first_change;
-    const bool draws = how.target == NO_TOKEN, changed = draws && how.n_changes > 0;
     u32 id = how.target;
-    if (changed) {
-        // Others may still read the logits.
-        blocks.meet();
-        if (blocks.rank == 0) adjust(how, changes, logits, row.n);
-        blocks.meet();
-        best = 0;
-        row.each([&](float logit, u32 id) { best = greater(best, key_of(logit, id)); });
-        best = block_reduce(best, s.warps, greater);
-        if (threadIdx.x == 0) s.key = best;
-        blocks.meet();
-#pragma unroll 1
-        for (u32 rank = 0; rank < blocks.size; rank++) best = greater(best, load_of(blocks, &s.key, rank));
-        blocks.meet();
+    if (id == NO_TOKEN) {
+        if (how.n_changes > 0) {
+            adjust(how, changes, logits, row.n);
+            __syncthreads();
+            best = 0;
+            row.each([&](float logit, u32 id) { best = greater(best, key_of(logit, id)); });
+            best = block_reduce(best, s.warps, greater);
+        }
+        id = choose(s, how, row, best);
     }
-    if (draws) id = choose(s, how, row, best);
-    if (blocks.rank == 0) {
-        float logit = changed ? logit_before(s, how, changes, logits, id) : cleaned(logits[id]);
-        if (threadIdx.x == 0) args.ids[row_idx] = id, args.logprobs[row_idx] = softmax.at(logit);
-    }
-    // Nobody leaves while others may read its shared memory.
-    blocks.meet();
+    float logit = how.n_changes > 0 && how.target == NO_TOKEN ? logit_before(s, how, changes, logits, id)
+                                                              : cleaned(logits[id]);
+    if (t == 0) args.ids[row_idx] = id, args.logprobs[row_idx] = softmax.at(logit);
 }
