@@ -55,7 +55,7 @@ fn gpu(test: &str) -> Option<CudaBackend> {
         Ok(backend) => return Some(backend),
         Err(KernelError::Cuda(error @ (CudaError::Library(_) | CudaError::NoGpu))) => {
             eprintln!("SKIPPED: {test}: {error}");
-            let Some(log) = std::env::var_os("DIST_SKIP_LOG") else { return None };
+            let log = std::env::var_os("DIST_SKIP_LOG")?;
             let log = std::fs::OpenOptions::new().append(true).create(true).open(log);
             writeln!(log.expect("the log of skipped tests"), "{test} {error}").expect("the log");
         }
@@ -100,25 +100,47 @@ fn largest(found: &[Vec<f32>], cases: &[Golden]) -> f32 {
     most
 }
 
-fn check(gpu: CudaBackend, checkpoint: &Checkpoint, cases: &[Golden]) {
+/// A plan, and how far bf16 by itself is from the reference.
+fn floor(checkpoint: &Checkpoint, cases: &[Golden]) -> (Plan, f32) {
     let config = checkpoint.config();
     let mut plan = plan(config, Mesh::SOLO, wide(config), 256);
     plan.kv.dtype = DType::BF16;
     let rounding = Rounding(backend(2, CpuPath::Auto));
     let floor = largest(&logprobs(rounding, checkpoint, &plan, cases), cases);
+    assert!(floor > 1e-4 && floor < 0.3, "{}: a floor of {floor} is not that of bf16", config.name);
+    (plan, floor)
+}
+
+fn check(gpu: CudaBackend, checkpoint: &Checkpoint, cases: &[Golden]) {
+    let (mut plan, floor) = floor(checkpoint, cases);
     (plan.act_dtype, plan.wire_dtype) = (DType::BF16, DType::BF16);
     let found = largest(&logprobs(gpu, checkpoint, &plan, cases), cases);
-    println!("{}: log-probabilities differ by {found:.2e}, by {floor:.2e} for bf16 alone", config.name);
-    assert!(floor > 1e-4 && floor < 0.3, "{}: a floor of {floor} is not that of bf16", config.name);
-    assert!(found <= 2.0 * floor, "{}: {found} is more than twice {floor}", config.name);
+    let name = &checkpoint.config().name;
+    println!("{name}: log-probabilities differ by {found:.2e}, by {floor:.2e} for bf16 alone");
+    assert!(found <= 2.0 * floor, "{name}: {found} is more than twice {floor}");
+}
+
+/// Needs no GPU: the bound of the other tests is what it says.
+#[test]
+fn what_bf16_costs_by_itself_is_measured() {
+    for name in NAMES {
+        let (checkpoint, cases) = golden_fixture(name);
+        println!("{name}: {:.2e} for bf16 alone", floor(&checkpoint, &cases).1);
+    }
+    let (checkpoint, cases) = demo();
+    println!("demo model: {:.2e} for bf16 alone", floor(&checkpoint, &cases).1);
+}
+
+fn golden_fixture(name: &str) -> (Checkpoint, Vec<Golden>) {
+    let (checkpoint, cases) = fixture(name);
+    (checkpoint, cases.into_iter().map(|case| (case.ids, case.logprobs)).collect())
 }
 
 #[test]
 fn fixtures_have_the_reference_logprobs_on_a_gpu() {
     for name in NAMES {
         let Some(gpu) = gpu("fixtures_have_the_reference_logprobs_on_a_gpu") else { return };
-        let (checkpoint, cases) = fixture(name);
-        let cases: Vec<Golden> = cases.into_iter().map(|case| (case.ids, case.logprobs)).collect();
+        let (checkpoint, cases) = golden_fixture(name);
         check(gpu, &checkpoint, &cases);
     }
 }
@@ -129,13 +151,17 @@ struct DemoCase {
     logprobs: Vec<f32>,
 }
 
-#[test]
-fn the_demo_model_has_the_reference_logprobs_on_a_gpu() {
-    let Some(gpu) = gpu("the_demo_model_has_the_reference_logprobs_on_a_gpu") else { return };
+fn demo() -> (Checkpoint, Vec<Golden>) {
     let dir = repo().join("crates/dist-cli/assets/demo-model");
     let checkpoint = Checkpoint::open(&dir, &OpenOptions { mmap: false }).expect("the demo model opens");
     let golden = std::fs::read_to_string(dir.join("golden.json")).expect("golden.json");
     let cases: Vec<DemoCase> = serde_json::from_str(&golden).expect("golden cases");
-    let cases: Vec<Golden> = cases.into_iter().map(|case| (case.ids, case.logprobs)).collect();
+    (checkpoint, cases.into_iter().map(|case| (case.ids, case.logprobs)).collect())
+}
+
+#[test]
+fn the_demo_model_has_the_reference_logprobs_on_a_gpu() {
+    let Some(gpu) = gpu("the_demo_model_has_the_reference_logprobs_on_a_gpu") else { return };
+    let (checkpoint, cases) = demo();
     check(gpu, &checkpoint, &cases);
 }

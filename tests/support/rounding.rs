@@ -23,20 +23,20 @@ fn round(buf: &mut CpuBuf, len: usize) {
     buf.slice_mut::<f32>()[..len].iter_mut().for_each(|x| *x = rounded(*x));
 }
 
-fn norm<'a>(norm: Norm<'a, Rounding>) -> Norm<'a, CpuBackend> {
-    match norm {
+fn norm<'a>(norm: &Norm<'a, Rounding>) -> Norm<'a, CpuBackend> {
+    match *norm {
         Norm::None => Norm::None,
         Norm::Layer { weight, bias, eps } => Norm::Layer { weight, bias, eps },
         Norm::Rms { weight, eps } => Norm::Rms { weight, eps },
     }
 }
 
-fn lookup(lookup: Lookup<'_, Rounding>) -> Lookup<'_, CpuBackend> {
-    let Lookup { ids, table, offset, first } = lookup;
+fn lookup<'a>(lookup: &Lookup<'a, Rounding>) -> Lookup<'a, CpuBackend> {
+    let Lookup { ids, table, offset, first } = *lookup;
     Lookup { ids, table, offset, first }
 }
 
-fn then<'a>(then: Then<'a, Rounding>) -> Then<'a, CpuBackend> {
+fn then(then: Then<'_, Rounding>) -> Then<'_, CpuBackend> {
     match then {
         Then::Store => Then::Store,
         Then::Activate(activation) => Then::Activate(activation),
@@ -95,7 +95,7 @@ impl Backend for Rounding {
 
     fn embed(&mut self, args: EmbedArgs<'_, Self>) -> Result<()> {
         let EmbedArgs { out, rows, d, tokens, positions } = args;
-        let (tokens, positions) = (tokens.map(lookup), positions.map(lookup));
+        let (tokens, positions) = (tokens.as_ref().map(lookup), positions.as_ref().map(lookup));
         self.0.embed(EmbedArgs { out: &mut *out, rows, d, tokens, positions })?;
         round(out, rows * d);
         Ok(())
@@ -105,7 +105,7 @@ impl Backend for Rounding {
         let LinearArgs { out, x, weight, rows, k_segments, prologue, epilogue } = args;
         let prologue = match prologue {
             Prologue::None => Prologue::None,
-            Prologue::Norm(of) => Prologue::Norm(norm(of)),
+            Prologue::Norm(of) => Prologue::Norm(norm(&of)),
         };
         let epilogue = Epilogue { bias: epilogue.bias, then: then(epilogue.then) };
         self.0.linear(LinearArgs { out: &mut *out, x, weight, rows, k_segments, prologue, epilogue })?;
@@ -138,7 +138,7 @@ impl Backend for Rounding {
             residual: &mut *residual,
             delta,
             bias,
-            norm: norm(of),
+            norm: norm(&of),
             keep,
             rows,
             d,
