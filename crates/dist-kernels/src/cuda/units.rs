@@ -138,7 +138,12 @@ pub const UNITS: &[Unit] = &[
     Unit { name: "norm", files: &[source_file!("norm.cu")], variants: &[], archs: GENERAL },
     Unit { name: "rows", files: &[source_file!("rows.cu")], variants: &[], archs: GENERAL },
     Unit { name: "attention_any", files: &[source_file!("attention_any.cu")], variants: &[], archs: GENERAL },
-    Unit { name: "sample", files: &[source_file!("sample.cu")], variants: &[], archs: GENERAL },
+    Unit {
+        name: "sample",
+        files: &[source_file!("sample.cuh"), source_file!("sample.cu")],
+        variants: &[],
+        archs: GENERAL,
+    },
 ];
 
 impl Unit {
