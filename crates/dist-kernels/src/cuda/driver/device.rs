@@ -127,10 +127,12 @@ struct Inner {
     info: DeviceInfo,
     /// For what is done at once, beside everybody's streams: null until it is there.
     own: CUstream,
+    /// Whether the thread had no context before.
+    is_first: bool,
 }
 
 impl Context {
-    /// Takes GPU `ordinal` for this thread.
+    /// Takes GPU `ordinal` for this thread. Where it holds the same one already, the first hold must be the last to end.
     pub fn new(driver: &Driver, ordinal: usize) -> Result<Self> {
         let device = Driver::handle(ordinal)?;
         let info = driver.device(ordinal)?;
@@ -147,7 +149,8 @@ impl Context {
             }
             _ => failed("cuDevicePrimaryCtxRetain", what(), error),
         })?;
-        let mut inner = Inner { device, info, own: stream::null() };
+        let mut inner = Inner { device, info, own: stream::null(), is_first: false };
+        inner.is_first = before.is_none();
         if before.is_some_and(|before| before != handle) {
             return Err(CudaError::OtherGpu);
         }
@@ -192,7 +195,9 @@ impl Drop for Inner {
             if !self.own.is_null() {
                 dropped("cuStreamDestroy", stream::destroy(self.own));
             }
-            dropped("cuCtxSetCurrent", ctx::set_current(std::ptr::null_mut()));
+            if self.is_first {
+                dropped("cuCtxSetCurrent", ctx::set_current(std::ptr::null_mut()));
+            }
             dropped("cuDevicePrimaryCtxRelease", primary_ctx::release(self.device));
         }
     }

@@ -7,14 +7,21 @@ use super::super::test_support::Gpu;
 use super::*;
 
 const SOURCE: &str = r#"
+#if __CUDA_ARCH__ >= 900
+#define WAIT asm volatile("griddepcontrol.wait;" ::: "memory")
+#else
+#define WAIT
+#endif
 struct Scale { float* y; const float* x; float factor; int n; };
 extern "C" __global__ void scale(const __grid_constant__ Scale args) {
+    WAIT;
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < args.n) args.y[i] = args.factor * args.x[i];
 }
 // Turns each block's numbers round by way of shared memory, which has room for many more.
 extern "C" __device__ const int turn_shared = 100 << 10;
 extern "C" __global__ void turn(const __grid_constant__ Scale args) {
+    WAIT;
     extern __shared__ float shared[];
     int last = (turn_shared / 4) - 1;
     shared[last - threadIdx.x] = args.x[blockIdx.x * blockDim.x + threadIdx.x];
@@ -24,6 +31,7 @@ extern "C" __global__ void turn(const __grid_constant__ Scale args) {
 #if __CUDA_ARCH__ >= 900
 // Each block tells its place in its cluster.
 extern "C" __global__ void place(const __grid_constant__ Scale args) {
+    WAIT;
     unsigned rank, size;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
@@ -86,6 +94,21 @@ fn a_kernel_runs_and_its_memory_comes_back() {
     scale.launch(&it.stream, &scale.over([N.div_ceil(256) as u32, 1, 1], 256), &it.args(3.0), &[]).unwrap();
     let expected: Vec<_> = numbers().iter().map(|x| 3.0 * x).collect();
     assert_eq!(it.y(), expected);
+}
+
+#[test]
+fn holds_on_a_gpu_end_one_by_one() {
+    let Some(it) = Fixture::new("holds_on_a_gpu_end_one_by_one") else { return };
+    let driver = Driver::open(&it.gpu.libraries).unwrap();
+    drop(Context::new(&driver, 0).unwrap());
+    let n = driver.devices().unwrap().len();
+    assert_eq!(Context::new(&driver, n).unwrap_err(), CudaError::NoSuchGpu { ordinal: n, n });
+    // What was refused or has ended has taken nothing away.
+    assert_eq!(it.y(), vec![0.0; N]);
+    drop(it);
+    let again = Context::new(&driver, 0).unwrap();
+    let (free, total) = again.memory().unwrap();
+    assert!(0 < free && free <= total && total <= again.info().total_bytes);
 }
 
 #[test]
