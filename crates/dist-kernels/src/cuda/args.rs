@@ -29,8 +29,6 @@ pub(super) struct LinearParams {
     pub(super) n_kv_heads: i32,
     pub(super) block_size: i32,
     pub(super) d_head: i32,
-    pub(super) slots_of_ring: i32,
-    pub(super) padding: i32,
 }
 
 /// `GemmArgs` of `gemm_hopper.cu`.

@@ -15,41 +15,59 @@ pub(super) struct Streaming {
     pub(super) units: usize,
 }
 
-/// A variant: its symbol and the outputs of its pass.
-type Variant = (&'static str, usize);
-
+/// The variants of a bucket of rows as measured on an H100: each takes up to so many outputs a block, the last the rest.
+#[rustfmt::skip]
 const EIGHT_ROWS: [Variant; 4] =
-    [("linear_m1n1", 16), ("linear_m2n1u2", 32), ("linear_m3n1u2", 48), ("linear_m4n1s5", 64)];
-const SIXTEEN_ROWS: [Variant; 2] = [("linear_m1n2", 16), ("linear_m2n2u2", 32)];
-const SIXTEEN_ROWS_HOPPER: [Variant; 2] = [("linear_w1n2u2", 64), ("linear_w2n2", 128)];
-const THIRTY_TWO_ROWS: [Variant; 2] = [("linear_w1n4", 64), ("linear_w2n4", 128)];
-const SIXTY_FOUR_ROWS: [Variant; 2] = [("linear_w1n8", 64), ("linear_w2n8u2", 128)];
+    [(16, "linear_m1n1"), (32, "linear_m2n1u2"), (48, "linear_m3n1u2"), (64, "linear_m4n1s5")];
+const SIXTEEN_ROWS: [Variant; 2] = [(16, "linear_m1n2"), (32, "linear_m2n2u2")];
+const SIXTEEN_ROWS_HOPPER: [Variant; 2] = [(64, "linear_w1n2u2"), (usize::MAX, "linear_w2n2")];
+
+/// A variant's symbol after the most outputs a block that it is taken for.
+type Variant = (usize, &'static str);
+
+/// The variant for a bucket of rows and `outputs` outputs a block, and the blocks that share `k`.
+fn streaming_variant(
+    rows: usize,
+    outputs: usize,
+    k_is_longer: bool,
+    is_hopper: bool,
+) -> (&'static str, usize) {
+    let first = |variants: &[Variant], last| {
+        variants.iter().find(|variant| outputs <= variant.0).map_or(last, |variant| variant.1)
+    };
+    match rows {
+        0..=8 if outputs.is_multiple_of(32) => (first(&EIGHT_ROWS, "linear_m2n1u2"), 1),
+        0..=8 => (first(&EIGHT_ROWS, "linear_m4n1s5"), 1),
+        9..=16 if is_hopper && outputs > 32 => (first(&SIXTEEN_ROWS_HOPPER, "linear_w2n2"), 1),
+        9..=16 => (first(&SIXTEEN_ROWS, "linear_m2n2u2"), 1),
+        17..=32 => match outputs {
+            0..=32 => ("linear_w1n4", 2),
+            33..=48 if k_is_longer => ("linear_w2n4", 2),
+            33..=64 => ("linear_w1n4", 1),
+            _ => ("linear_w2n4", 1),
+        },
+        _ => match outputs {
+            0..=32 => ("linear_w1n8", 2),
+            33..=48 => ("linear_w2n8u2", 2),
+            49..=64 => ("linear_w1n8", 1),
+            _ => ("linear_w2n8u2", 1),
+        },
+    }
+}
 
 /// The most rows that the streaming kernels take at once.
 pub(super) fn streaming_rows_max(is_hopper: bool) -> usize {
     if is_hopper { 64 } else { 16 }
 }
 
-/// The kernel for `rows` rows and `n` outputs on a GPU of `n_sms` multiprocessors.
-pub(super) fn streaming(rows: usize, n: usize, n_sms: usize, is_hopper: bool) -> Streaming {
+/// The kernel for `rows` rows, `n` outputs and `k` inputs on a GPU of `n_sms` multiprocessors.
+pub(super) fn streaming((rows, n, k): (usize, usize, usize), n_sms: usize, is_hopper: bool) -> Streaming {
     // One block a multiprocessor, and the outputs spread evenly over them.
-    let groups = n.div_ceil(8);
-    let units = groups.div_ceil(n_sms.max(1));
-    let clusters = groups.div_ceil(units);
-    let outputs = units * 8;
-    let (unit, variants): (_, &[Variant]) = match rows {
-        0..=8 => ("linear", &EIGHT_ROWS),
-        9..=16 if is_hopper && outputs > 32 => ("linear_hopper", &SIXTEEN_ROWS_HOPPER),
-        9..=16 => ("linear", &SIXTEEN_ROWS),
-        17..=32 => ("linear_hopper", &THIRTY_TWO_ROWS),
-        _ => ("linear_hopper", &SIXTY_FOUR_ROWS),
-    };
-    // As few passes as possible, and in them as little of a tile unused as possible.
-    let widest = variants[variants.len() - 1].1;
-    let per_pass = units.div_ceil(outputs.div_ceil(widest)) * 8;
-    let fits = variants.iter().find(|variant| variant.1 >= per_pass);
-    let (symbol, _) = *fits.unwrap_or(&variants[variants.len() - 1]);
-    Streaming { unit, symbol, clusters, cluster: 1, units }
+    let (groups, n_sms) = (n.div_ceil(8), n_sms.max(1));
+    let (symbol, cluster) = streaming_variant(rows, groups.div_ceil(n_sms) * 8, k > n, is_hopper);
+    let unit = if symbol.starts_with("linear_w") { "linear_hopper" } else { "linear" };
+    let units = groups.div_ceil((n_sms / cluster).max(1));
+    Streaming { unit, symbol, clusters: groups.div_ceil(units), cluster, units }
 }
 
 /// A tile of `gemm_hopper`: its symbol, rows, outputs, and nanoseconds that 64 inputs take it (one H100, measured).
@@ -160,7 +178,12 @@ pub(super) fn is_prefill(shape: DecodeShape) -> bool {
 }
 
 /// Head sizes that `attention_decode` is made for, and its entries of a tile.
-const DECODE_HEADS: [usize; 4] = [64, 80, 96, 128];
+const DECODE_HEADS: [(usize, &str); 4] = [
+    (64, "attention_decode_d64"),
+    (80, "attention_decode_d80"),
+    (96, "attention_decode_d96"),
+    (128, "attention_decode_d128"),
+];
 const DECODE_ENTRIES: usize = 8;
 /// More parts of a context cost more than they give.
 const SPLITS_MAX: usize = 32;
@@ -168,6 +191,8 @@ const SPLITS_MAX: usize = 32;
 /// The shape of a launch of `attention_decode`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Decode {
+    /// Without its type.
+    pub(super) symbol: &'static str,
     /// Parts of a context.
     pub(super) splits: usize,
     /// Tiles of a sequence's rows and heads that share a KV head.
@@ -189,15 +214,17 @@ pub(super) struct DecodeShape {
 
 /// `None` where the kernel does not take the shape.
 pub(super) fn decode(shape: DecodeShape, n_sms: usize) -> Option<Decode> {
-    if !DECODE_HEADS.contains(&shape.d_head) || !shape.block_size.is_multiple_of(16) {
+    let (_, symbol) = *DECODE_HEADS.iter().find(|head| head.0 == shape.d_head)?;
+    if !shape.block_size.is_multiple_of(16) {
         return None;
     }
     let group = shape.n_heads / shape.n_kv_heads;
     let tiles = (shape.max_rows * group).div_ceil(DECODE_ENTRIES);
     // Buckets of sequences: one more or less of them changes nobody's sums.
     let blocks = shape.n_seqs.next_power_of_two() * shape.n_kv_heads * tiles;
-    let splits = (2 * n_sms).div_ceil(blocks.max(1)).clamp(1, SPLITS_MAX);
-    Some(Decode { splits, tiles, part_floats: DECODE_ENTRIES * (shape.d_head + 2) })
+    let splits = (n_sms / blocks.max(1)).clamp(1, SPLITS_MAX);
+    let symbol = if shape.d_head == 128 && blocks <= n_sms { "attention_decode_d128w8" } else { symbol };
+    Some(Decode { symbol, splits, tiles, part_floats: DECODE_ENTRIES * (shape.d_head + 2) })
 }
 
 /// A kernel of `add_bias_norm` without its type, and its threads; `None` for rows that are too long.
@@ -232,9 +259,10 @@ mod tests {
         for is_hopper in [true, false] {
             for rows in 1..=streaming_rows_max(is_hopper) {
                 for n in [1, 8, 40, 777, 2048, 4096, 12288, 16384, 50257, 50272] {
-                    let choice = streaming(rows, n, 132, is_hopper);
+                    let choice = streaming((rows, n, n), 132, is_hopper);
                     assert!(has(choice.unit, choice.symbol), "{choice:?}");
-                    assert!(choice.clusters * choice.units * 8 >= n && choice.clusters <= 132, "{choice:?}");
+                    assert!(choice.clusters * choice.units * 8 >= n, "{choice:?}");
+                    assert!(choice.clusters * choice.cluster <= 132, "{choice:?}");
                     assert!(
                         (choice.clusters - 1) * choice.units * 8 < n,
                         "{choice:?} has idle blocks for {n}"
@@ -244,8 +272,9 @@ mod tests {
                 }
             }
         }
-        for d_head in DECODE_HEADS {
-            assert!(has("attention_decode", &format!("attention_decode_d{d_head}")));
+        assert!(has("attention_decode", "attention_decode_d128w8"));
+        for (d_head, symbol) in DECODE_HEADS {
+            assert!(has("attention_decode", symbol));
             assert!(has("attention_prefill", &format!("attention_prefill_d{d_head}")));
             assert!(has("attention_prefill_hopper", &format!("attention_prefill_hopper_d{d_head}")));
         }
@@ -274,8 +303,11 @@ mod tests {
     #[test]
     fn a_choice_is_one_of_its_bucket() {
         for bucket in [1..=8, 9..=16, 17..=32, 33..=64] {
-            let first = streaming(*bucket.start(), 4096, 132, true);
-            assert!(bucket.clone().all(|rows| streaming(rows, 4096, 132, true) == first), "{bucket:?}");
+            let first = streaming((*bucket.start(), 4096, 4096), 132, true);
+            assert!(
+                bucket.clone().all(|rows| streaming((rows, 4096, 4096), 132, true) == first),
+                "{bucket:?}"
+            );
         }
     }
 
@@ -283,8 +315,10 @@ mod tests {
     fn a_single_long_sequence_is_split_and_many_are_not() {
         let shape =
             DecodeShape { n_seqs: 1, max_rows: 1, n_heads: 32, n_kv_heads: 32, d_head: 128, block_size: 16 };
-        assert_eq!(decode(shape, 132).unwrap().splits, 9);
-        assert_eq!(decode(DecodeShape { n_seqs: 64, ..shape }, 132).unwrap().splits, 1);
+        let one = decode(shape, 132).unwrap();
+        assert_eq!((one.splits, one.symbol), (4, "attention_decode_d128w8"));
+        let many = decode(DecodeShape { n_seqs: 64, ..shape }, 132).unwrap();
+        assert_eq!((many.splits, many.symbol), (1, "attention_decode_d128"));
         assert_eq!(decode(DecodeShape { d_head: 24, ..shape }, 132), None);
         assert_eq!(decode(DecodeShape { block_size: 8, ..shape }, 132), None);
     }

@@ -92,6 +92,7 @@ pub const UNITS: &[Unit] = &[
             variant("ATTENTION_DECODE", "attention_decode_d80", &[80, 8, 4, 4]),
             variant("ATTENTION_DECODE", "attention_decode_d96", &[96, 8, 4, 4]),
             variant("ATTENTION_DECODE", "attention_decode_d128", &[128, 8, 4, 3]),
+            variant("ATTENTION_DECODE", "attention_decode_d128w8", &[128, 8, 8, 2]),
         ],
         archs: GENERAL,
     },

@@ -3,19 +3,21 @@
 // Layout: keys and values [n_blocks, n_kv_heads, block_size, D] with block_size a multiple of 16; q are the first
 // columns of qkv [rows, ld_qkv]; out [rows, n_heads · D]; 16-byte aligned. Bound by reading keys and values.
 //
-// An entry is one (row, head) pair; up to E of them that share a KV head are one tile and read it once. The blocks of
-// a tile share its context, in parts that depend on its length and on the number of blocks alone. Every
-// warp keeps its own ring of chunks of 16 positions, filled by cp.async, so warps never wait for each other;
-// tensor
-// cores give the scores and the weighted values; the softmax is running. In the end the warps are combined in order,
-// then, by the block that is done last, the blocks, also in order.
+// An entry is one (row, head) pair; up to E of them that share a KV head are one tile and read it once. The blocks of a
+// tile share its context, in parts that depend on its length and on the number of blocks alone. Every warp keeps its own
+// ring of chunks of 16 positions, filled by cp.async, so warps never wait for each other; tensor cores give the scores
+// and the weighted values; the softmax is running. In the end the warps are combined in order, then, by the block that is
+// done last, the blocks, also in order.
 //
 // Keys and values of earlier steps do not depend on the kernel before, so the rings are filled with them before the
 // wait; lengths and block tables must not be written by the kernel before.
 //
-// Launch: grid (splits, n_kv_heads · tiles, n_seqs), 32 · W threads (`<symbol>_threads`), tiles = div_ceil(longest q ·
-// n_heads / n_kv_heads, E); shared memory: the module's integer `<symbol>_shared`. With splits > 1: `counters`, one a
-// (tile, sequence), zero before and after; `partials`, floats [n_seqs, n_kv_heads · tiles, splits, E · (D + 2)].
+// Launch: grid (splits, n_kv_heads · tiles, n_seqs), `<symbol>_threads` threads, tiles = div_ceil(longest q · n_heads /
+// n_kv_heads, 8); shared memory: the module's integer `<symbol>_shared`. With splits > 1: `counters`, one a (tile,
+// sequence), zero before and after; `partials`, floats [n_seqs, n_kv_heads · tiles, splits, 8 · (D + 2)].
+//
+// Which variant (measured on an H100), with blocks = n_seqs, rounded up to a power of two, · n_kv_heads · tiles and `sms`
+// multiprocessors: splits = max(1, sms / blocks); D = 128 and blocks ≤ sms: d128w8; else d64, d80, d96, d128.
 
 struct AttentionArgs {
     u16* out;
@@ -292,9 +294,11 @@ DEVICE void attention_decode(const AttentionArgs& args) {
     }
 }
 
+// Two blocks of four warps, or one of eight, have a multiprocessor.
 #define ATTENTION_DECODE(name, T, ...)                                                                  \
-    KERNEL __launch_bounds__(DecodeShape<__VA_ARGS__>::WARPS * 32, DecodeShape<__VA_ARGS__>::WARPS > 4 ? 1 : 2) name(const __grid_constant__ AttentionArgs args) {                  \
+    KERNEL __launch_bounds__(DecodeShape<__VA_ARGS__>::WARPS * 32, 8 / DecodeShape<__VA_ARGS__>::WARPS)  \
+    name(const __grid_constant__ AttentionArgs args) {                                                  \
         attention_decode<T, DecodeShape<__VA_ARGS__>>(args);                                            \
     }                                                                                                   \
-    extern "C" __device__ const int name##_shared = DecodeShape<__VA_ARGS__>::SHARED;                        \
+    extern "C" __device__ const int name##_shared = DecodeShape<__VA_ARGS__>::SHARED;                   \
     extern "C" __device__ const int name##_threads = DecodeShape<__VA_ARGS__>::WARPS * 32;

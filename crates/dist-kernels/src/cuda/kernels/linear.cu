@@ -1,4 +1,4 @@
-// linear for up to 64 rows on tensor cores of Ampere and later (`mma`), see linear.cuh.
+// linear for up to 16 rows on tensor cores of Ampere and later (`mma`), see linear.cuh.
 //
 // k is permuted inside a step of 32, the same way on both sides, so that one 16-byte load from shared memory feeds two
 // products. The warps share a stage along k (WK) and along the outputs (WM).
@@ -57,11 +57,10 @@ DEVICE void linear(const LinearArgs& args) {
     u32 ring = shared_address(shared);
     float* buffers = (float*)(shared + Sh::S * Sh::STAGE);
     int warp = threadIdx.x >> 5, wm = warp % Sh::WM, wk = warp / Sh::WM;
-    u32 rank = cluster_rank(), size = cluster_size();
     constexpr int AHEAD = Sh::S - 1;
 
     let_next_start();
-    LinearWalk walk = walk_of<Sh>(args, rank, size);
+    LinearWalk walk = walk_of<Sh>(args, 0, 1);
     int total = stages_of(walk);
     LinearPlace next = fill_ring<T, Sh>(args, walk, total, ring);
 
@@ -83,8 +82,7 @@ DEVICE void linear(const LinearArgs& args) {
             multiply_stage<T, Sh>(sums, ring + slot * Sh::STAGE, wm, wk);
             slot = slot == AHEAD ? 0 : slot + 1;
         }
-        finish_pass<T, Sh>(args, outputs, row0, sums, buffers, wm, wk, rank, size,
-                           ClusterMeeting{size});
+        finish_pass<T, Sh>(args, outputs, row0, sums, buffers, wm, wk, Alone{});
     }
 }
 

@@ -12,8 +12,17 @@
 // The weight's first stages are asked for before the wait for the kernel before, whose work they do not depend on.
 // Blocks begin at different places of k, so that they do not all ask the same part of L2 for x.
 //
-// Launch: grid `clusters · cluster`, 256 threads, cluster (cluster, 1, 1), shared memory: the module's integer
-// `<symbol>_shared`. units = div_ceil(div_ceil(n, 8), clusters), and then clusters = div_ceil(div_ceil(n, 8), units).
+// Launch: grid `clusters · parts`, 256 threads, cluster (parts, 1, 1), shared memory: the module's integer
+// `<symbol>_shared`. With `sms` multiprocessors, columns = sms / parts, units = div_ceil(div_ceil(n, 8), columns),
+// clusters = div_ceil(div_ceil(n, 8), units). parts is 1 but for the kernels `w…`.
+//
+// Which variant, by rows and by what is a block's share without parts, o = 8 · div_ceil(div_ceil(n, 8), sms) (measured on
+// an H100; a row's bits are the same within one line of rows and one (n, k)):
+//   rows 1 to 8:   o ≤ 16: m1n1; ≤ 32: m2n1u2; ≤ 48: m3n1u2; ≤ 64: m4n1s5; more: m2n1u2 if o is a multiple of 32,
+//                  else m4n1s5
+//   rows 9 to 16:  o ≤ 16: m1n2; ≤ 32: m2n2u2; more, on Hopper: ≤ 64: w1n2u2, else w2n2; elsewhere: m2n2u2
+//   rows 17 to 32: o ≤ 32: w1n4, 2 parts; ≤ 48 and k > n: w2n4, 2 parts; ≤ 64: w1n4; more: w2n4    (Hopper only)
+//   rows 33 to 64: o ≤ 32: w1n8, 2 parts; ≤ 48: w2n8u2, 2 parts; ≤ 64: w1n8; more: w2n8u2          (Hopper only)
 
 struct LinearArgs {
     void* out;             // [rows, n], 16 bits; f32 if out_f32
@@ -29,7 +38,6 @@ struct LinearArgs {
     int activation;        // 0 none, 1 GELU with tanh, 2 GELU with erf, 3 ReLU
     int out_f32;
     int n_kv_heads, block_size, d_head;
-    int slots_of_ring;     // of the kernel with tensor maps
 };
 
 DEVICE float gelu_tanh(float x) {
@@ -209,16 +217,17 @@ DEVICE void load_x(const LinearArgs& args, const LinearWalk& walk, const LinearP
 // Where block `block` begins: blocks of a launch start apart. Without a division.
 DEVICE int start_of(int block, int stages) { return (int)__umulhi(block * 0x9E3779B9u, stages); }
 
-// The walk of this block. Divisions are slow and stand before the first load, so most launches make none.
+// The walk of this block, which has part `part` of k if `parts` blocks share it. Divisions are slow and stand before the
+// first load, so most launches make none.
 template <class Sh>
-DEVICE LinearWalk walk_of(const LinearArgs& args, u32 rank, u32 size) {
+DEVICE LinearWalk walk_of(const LinearArgs& args, int part, int parts) {
     LinearWalk walk;
-    walk.first = (size > 1 ? blockIdx.x / size : blockIdx.x) * args.units * 8;
+    walk.first = (parts > 1 ? blockIdx.x / parts : blockIdx.x) * args.units * 8;
     walk.end = min_of(args.n, walk.first + args.units * 8);
     int passes = div_up(args.units * 8, Sh::TN);
     walk.per_pass = (passes > 1 ? div_ceil(args.units, passes) : args.units) * 8;
     int stages = div_up(args.k, Sh::KC);
-    int s0 = size > 1 ? stages * rank / size : 0, s1 = size > 1 ? stages * (rank + 1) / size : stages;
+    int s0 = parts > 1 ? stages * part / parts : 0, s1 = parts > 1 ? stages * (part + 1) / parts : stages;
     walk.k0 = s0 * Sh::KC;
     walk.k1 = min_of(args.k, s1 * Sh::KC);
     walk.stages = s1 - s0;
@@ -279,49 +288,39 @@ template <class Sh>
 struct LinearFinish {
     static constexpr int LANES = Sh::TN <= 16 ? 4 : Sh::TN <= 32 ? 8 : Sh::TN <= 64 ? 16 : 32;
     static constexpr int SWEEP = 256 / LANES;
-    static constexpr int SWEEPS = div_up(Sh::NT * 8, SWEEP), BATCH = SWEEPS < 4 ? SWEEPS : 4;
+    static constexpr int SWEEPS = div_up(Sh::NT * 8, SWEEP);
+    static constexpr int MOST = Sh::SUMS > 1 ? 2 : 4;  // rows at once, as registers allow
+    static constexpr int BATCH = SWEEPS < MOST ? SWEEPS : MOST;
     static_assert(4 * LANES >= Sh::TN, "outputs of a pass");
 };
 
-// How the blocks of a cluster wait for each other's sums, where all threads are the 256 that multiply.
-struct ClusterMeeting {
-    u32 size;
-    DEVICE_MEMBER void summed() const {
-        if (size > 1) {
-            cluster_arrive();
-            cluster_wait();
-        } else {
-            sync_256();
-        }
-    }
-    // Without a cluster the barrier of the next stage keeps the buffers until all have read them.
-    DEVICE_MEMBER void read() const {
-        if (size > 1) {
-            cluster_arrive();
-            cluster_wait();
-        }
-    }
+// A block that shares its outputs with no other.
+struct Alone {
+    static constexpr int part = 0, parts = 1;
+    static constexpr DEVICE_MEMBER bool is_shared() { return false; }
+    DEVICE_MEMBER void summed() const { sync_256(); }
+    // The barrier of the next stage keeps the buffers until all have read them.
+    DEVICE_MEMBER void read() const {}
 };
 
 // A thread's outputs of one row in the buffer of block `other`.
-DEVICE void load_outputs(float (&x)[4], const float* at, const LinearOutputs& outputs, bool clustered, u32 other) {
+DEVICE void load_outputs(float (&x)[4], const float* at, const LinearOutputs& outputs, bool is_shared, u32 other) {
     if (outputs.whole) {
-        float4 v = clustered ? load_cluster4(shared_address(at), other) : *(const float4*)at;
+        float4 v = is_shared ? load_cluster4(shared_address(at), other) : *(const float4*)at;
         x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
         return;
     }
 #pragma unroll
     for (int v = 0; v < 4; v++) {
         const float* one = at + min_of(v, outputs.n - 1) * outputs.stride;
-        x[v] = clustered ? load_cluster(shared_address(one), other) : *one;
+        x[v] = is_shared ? load_cluster(shared_address(one), other) : *one;
     }
 }
 
-// Adds the warps, then the blocks of the cluster, and stores this block's share of the rows.
+// Adds the warps, then the blocks that share the outputs, and stores this block's share of the rows.
 template <class T, class Sh, class Meeting>
 DEVICE void finish_pass(const LinearArgs& args, const LinearOutputs& outputs, int row0,
-                        float (&sums)[Sh::MW][Sh::NT][4], float* buffers, int wm, int wk, u32 rank, u32 size,
-                        const Meeting& meeting) {
+                        float (&sums)[Sh::MW][Sh::NT][4], float* buffers, int wm, int wk, const Meeting& meeting) {
     if constexpr (Sh::ALL) {
         exchange<Sh, false>(sums, buffers + wk * Sh::SUM_FLOATS, wm);
     } else {
@@ -337,13 +336,13 @@ DEVICE void finish_pass(const LinearArgs& args, const LinearOutputs& outputs, in
     meeting.summed();
     using Finish = LinearFinish<Sh>;
     constexpr int SWEEP = Finish::SWEEP, BATCH = Finish::BATCH;
-    int end = args.rows * (rank + 1) / size;
+    int begin = args.rows * meeting.part / meeting.parts, end = args.rows * (meeting.part + 1) / meeting.parts;
     if (outputs.n > 0) {
 #pragma unroll 1
-        for (int row = args.rows * rank / size + threadIdx.x / Finish::LANES; row < end; row += SWEEP * BATCH) {
+        for (int row = begin + threadIdx.x / Finish::LANES; row < end; row += SWEEP * BATCH) {
             float total[BATCH][4] = {};
 #pragma unroll 1
-            for (u32 other = 0; other < size; other++) {
+            for (int other = 0; other < meeting.parts; other++) {
                 float part[BATCH][Sh::SUMS][4];
 #pragma unroll
                 for (int r = 0; r < BATCH; r++) {
@@ -352,7 +351,7 @@ DEVICE void finish_pass(const LinearArgs& args, const LinearOutputs& outputs, in
                         // What is in rows from `end` on is not used.
                         int own = min_of(row + r * SWEEP, Sh::NT * 8 - 1);
                         const float* at = buffers + b * Sh::SUM_FLOATS + own * Sh::LD + (outputs.column - row0);
-                        load_outputs(part[r][b], at, outputs, size > 1, other);
+                        load_outputs(part[r][b], at, outputs, meeting.is_shared(), other);
                     }
                 }
 #pragma unroll

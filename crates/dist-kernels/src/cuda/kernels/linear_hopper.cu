@@ -74,17 +74,34 @@ DEVICE void start_stage(float (&sums)[Sh::NT][4], u32 stage, int wm, int wk) {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
+// How the blocks of a cluster, which have the same outputs and share k, wait for each other's sums.
+struct ClusterMeeting {
+    int part, parts;
+    DEVICE_MEMBER bool is_shared() const { return parts > 1; }
+    DEVICE_MEMBER void meet() const {
+        cluster_arrive();
+        cluster_wait();
+    }
+    DEVICE_MEMBER void summed() const {
+        if (parts > 1) meet(); else sync_256();
+    }
+    // Without a cluster the barrier of the next stage keeps the buffers until all have read them.
+    DEVICE_MEMBER void read() const {
+        if (parts > 1) meet();
+    }
+};
+
 template <class T, class Sh>
 DEVICE void linear_hopper(const LinearArgs& args) {
     extern __shared__ __align__(1024) u8 shared[];
     u32 ring = shared_address(shared);
     float* buffers = (float*)(shared + Sh::S * Sh::STAGE);
     int group = __shfl_sync(~0u, threadIdx.x >> 7, 0), wm = group % Sh::WG, wk = group / Sh::WG;
-    u32 rank = cluster_rank(), size = cluster_size();
+    ClusterMeeting meeting = {(int)cluster_rank(), (int)cluster_size()};
     constexpr int AHEAD = Sh::S - 1;
 
     let_next_start();
-    LinearWalk walk = walk_of<Sh>(args, rank, size);
+    LinearWalk walk = walk_of<Sh>(args, meeting.part, meeting.parts);
     int total = stages_of(walk);
     LinearPlace next = fill_ring<T, Sh>(args, walk, total, ring);
 
@@ -112,8 +129,7 @@ DEVICE void linear_hopper(const LinearArgs& args) {
         for (int j = 0; j < Sh::NT; j++) {
             asm volatile("wgmma.wait_group.sync.aligned 0;" : REGS4_OF(sums[0][j])::"memory");
         }
-        finish_pass<T, Sh>(args, outputs, row0, sums, buffers, wm * 4 + (threadIdx.x >> 5 & 3), wk, rank, size,
-                           ClusterMeeting{size});
+        finish_pass<T, Sh>(args, outputs, row0, sums, buffers, wm * 4 + (threadIdx.x >> 5 & 3), wk, meeting);
     }
 }
 

@@ -66,16 +66,18 @@ DEVICE void add_bias_norm(const NormArgs& args) {
     __shared__ float slots[2][32];
     let_next_start();
     i64 row = (i64)blockIdx.x * args.d;
-    int at[N];
-    bool inside[N];
     float x[N][V], weight[N][V], norm_bias[N][V];
+    constexpr bool EARLY = V > 1;  // else registers do not suffice
+    auto at = [&](int n) { return (n * (int)blockDim.x + (int)threadIdx.x) * V; };
+    auto inside = [&](int n) { return at(n) < args.d; };
+    auto load_vectors = [&](int n) {
+        load_row<T, V>(weight[n], args.weight + at(n), inside(n) && args.weight);
+        load_row<T, V>(norm_bias[n], args.norm_bias + at(n), inside(n) && args.norm_bias);
+    };
 #pragma unroll
     for (int n = 0; n < N; n++) {
-        at[n] = (n * blockDim.x + threadIdx.x) * V;
-        inside[n] = at[n] < args.d;
-        load_row<T, V>(x[n], args.bias + at[n], inside[n] && args.bias);
-        load_row<T, V>(weight[n], args.weight + at[n], inside[n] && args.weight);
-        load_row<T, V>(norm_bias[n], args.norm_bias + at[n], inside[n] && args.norm_bias);
+        load_row<T, V>(x[n], args.bias + at(n), inside(n) && args.bias);
+        if (EARLY) load_vectors(n);
     }
     wait_for_previous();
     bool changed = args.delta || args.bias;
@@ -83,14 +85,14 @@ DEVICE void add_bias_norm(const NormArgs& args) {
 #pragma unroll
     for (int n = 0; n < N; n++) {
         float residual[V], delta[V];
-        load_row<T, V>(residual, args.residual + row + at[n], inside[n]);
-        load_row<T, V>(delta, args.delta + row + at[n], inside[n] && args.delta);
+        load_row<T, V>(residual, args.residual + row + at(n), inside(n));
+        load_row<T, V>(delta, args.delta + row + at(n), inside(n) && args.delta);
 #pragma unroll
         for (int v = 0; v < V; v++) {
             x[n][v] = residual[v] + (delta[v] + x[n][v]);
             sum += x[n][v];
         }
-        if (inside[n] && changed && !args.keep_normed) store_row<T, V>(args.residual + row + at[n], x[n]);
+        if (inside(n) && changed && !args.keep_normed) store_row<T, V>(args.residual + row + at(n), x[n]);
     }
     if (args.weight) {
         float mean = args.norm_bias ? block_sum(sum, slots[0]) / args.d : 0.0f, square = 0.0f;
@@ -98,27 +100,30 @@ DEVICE void add_bias_norm(const NormArgs& args) {
         for (int n = 0; n < N; n++) {
 #pragma unroll
             for (int v = 0; v < V; v++) {
-                float centred = inside[n] ? x[n][v] - mean : 0.0f;
+                float centred = inside(n) ? x[n][v] - mean : 0.0f;
                 square = fmaf(centred, centred, square);
             }
         }
         float scale = 1.0f / sqrtf(block_sum(square, slots[1]) / args.d + args.eps);
 #pragma unroll
         for (int n = 0; n < N; n++) {
+            if (!EARLY) load_vectors(n);
 #pragma unroll
             for (int v = 0; v < V; v++) x[n][v] = fmaf((x[n][v] - mean) * scale, weight[n][v], norm_bias[n][v]);
         }
     }
 #pragma unroll
     for (int n = 0; n < N; n++) {
-        if (!inside[n]) continue;
-        store_row<T, V>(args.normed + row + at[n], x[n]);
-        if (args.keep_normed) store_row<T, V>(args.residual + row + at[n], x[n]);
+        if (!inside(n)) continue;
+        store_row<T, V>(args.normed + row + at(n), x[n]);
+        if (args.keep_normed) store_row<T, V>(args.residual + row + at(n), x[n]);
     }
 }
 
 #define ADD_BIAS_NORM(name, T, V, N)                                                                    \
-    KERNEL __launch_bounds__(V * N == 16 && V > 1 ? 768 : 1024) name(const __grid_constant__ NormArgs args) { add_bias_norm<T, V, N>(args); }
+    KERNEL __launch_bounds__(V * N == 16 && V > 1 ? 768 : 1024) name(const __grid_constant__ NormArgs args) { \
+        add_bias_norm<T, V, N>(args);                                                                   \
+    }
 
 ADD_BIAS_NORM(add_bias_norm_bf16, Bf16, 8, 1)
 ADD_BIAS_NORM(add_bias_norm_f16, F16, 8, 1)

@@ -250,7 +250,10 @@ DEVICE V load_l2(const V* from) {
     if constexpr (sizeof(V) == 4) {
         asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(*(float*)&v) : "l"(from) : "memory");
     } else {
-        asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(((float*)&v)[0]), "=f"(((float*)&v)[1]) : "l"(from) : "memory");
+        asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];"
+                     : "=f"(((float*)&v)[0]), "=f"(((float*)&v)[1])
+                     : "l"(from)
+                     : "memory");
     }
     return v;
 }

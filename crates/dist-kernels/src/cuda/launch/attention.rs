@@ -48,7 +48,7 @@ impl CudaBackend {
     }
 
     fn attention_decode(&mut self, args: &AttentionArgs<'_, Self>, decode: Decode) -> Result<()> {
-        let Decode { splits, tiles, part_floats } = decode;
+        let Decode { symbol, splits, tiles, part_floats } = decode;
         let (n_seqs, n_kv_heads) = (args.seqs.n_seqs, args.layout.n_kv_heads_local);
         let all_tiles = n_seqs * n_kv_heads * tiles;
         let (mut partials, mut counters) = (0, 0);
@@ -77,7 +77,7 @@ impl CudaBackend {
             partials,
             counters,
         };
-        let symbol = format!("attention_decode_d{}_{}", args.layout.d_head, suffix(args.qkv.dtype));
+        let symbol = format!("{symbol}_{}", suffix(args.qkv.dtype));
         let threads = self.kernels.get("attention_decode", &symbol)?.threads;
         let grid = [splits as u32, (n_kv_heads * tiles) as u32, n_seqs as u32];
         self.start(("attention_decode", &symbol), grid, threads, &params)

@@ -120,7 +120,8 @@ impl CudaBackend {
     fn stream_weight(&mut self, product: &Product) -> Result<()> {
         let (params, info) = (product.params, self.context.info());
         let is_hopper = info.capability == (9, 0);
-        let choice = choice::streaming(params.rows as usize, params.n as usize, info.n_sms, is_hopper);
+        let shape = (params.rows as usize, params.n as usize, params.k as usize);
+        let choice = choice::streaming(shape, info.n_sms, is_hopper);
         let params = LinearParams { units: choice.units as i32, ..params };
         let symbol = format!("{}_{}", choice.symbol, suffix(product.dtype));
         let kernel = self.kernels.get(choice.unit, &symbol)?;
