@@ -87,7 +87,7 @@ fn embed(bench: &mut Bench<'_>, rows: usize) {
         let (tokens, positions) = (ids(7919), ids(1));
         let lookup = |ids| Lookup { ids, table: &table, offset: 0, first: 0 };
         let (tokens, positions) = (Some(lookup(&tokens)), Some(lookup(&positions)));
-        let args = EmbedArgs { out: &mut out, rows, d: D, tokens, positions };
+        let args = EmbedArgs { out: &mut out, rows, d: D, tokens, positions, drawn: None };
         backend.embed(args).expect("embed");
     });
 }

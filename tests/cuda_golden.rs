@@ -10,59 +10,27 @@
 #[path = "support/fixtures.rs"]
 #[allow(dead_code, reason = "support is shared; no test needs all of it")]
 mod fixtures;
+#[path = "support/gpu.rs"]
+mod gpu;
 #[path = "support/rounding.rs"]
 mod rounding;
 
-use std::io::Write as _;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
-use std::sync::Arc;
 
 use dist_comm::{Comm, Solo};
 use dist_core::plan::Plan;
 use dist_core::{DType, Mesh, Rank};
+use dist_kernels::Backend;
 use dist_kernels::cpu::CpuPath;
-use dist_kernels::cuda::cache::KernelCache;
-use dist_kernels::cuda::driver::CudaError;
-use dist_kernels::cuda::libraries::{Libraries, LibraryDirs};
-use dist_kernels::cuda::staging::StagingOptions;
-use dist_kernels::cuda::{CudaBackend, CudaOptions};
-use dist_kernels::{Backend, KernelError};
+use dist_kernels::cuda::CudaBackend;
 use dist_models::checkpoint::{Checkpoint, OpenOptions};
 use dist_models::engine::{Engine, Followers, start_rank};
 use dist_models::request::{Event, Request, RequestId};
 use dist_models::runner::Comms;
 use fixtures::{NAMES, backend, fixture, greedy, plan, repo, wide};
+use gpu::gpu;
 use rounding::Rounding;
 use serde::Deserialize;
-
-/// The GPU; without one, says that `test` is skipped.
-fn gpu(test: &str) -> Option<CudaBackend> {
-    let first = std::env::var_os("DIST_CUDA_LIB").map(|dirs| std::env::split_paths(&dirs).collect());
-    let dirs = LibraryDirs { first: first.unwrap_or_default(), asks_loader: true, last: vec![] };
-    let cache = std::env::var_os("DIST_KERNEL_CACHE").map(PathBuf::from);
-    let cache = cache.unwrap_or_else(|| std::env::temp_dir().join("dist-kernel-cache"));
-    let libraries = Arc::new(Libraries::new(dirs));
-    let cache = KernelCache::new(cache);
-    let options = CudaOptions {
-        libraries,
-        cache,
-        ordinal: 0,
-        cast: Some(DType::BF16),
-        staging: StagingOptions { n_readers: 2, chunk_bytes: 1 << 20 },
-    };
-    match CudaBackend::new(options) {
-        Ok(backend) => return Some(backend),
-        Err(KernelError::Cuda(error @ (CudaError::Library(_) | CudaError::NoGpu))) => {
-            eprintln!("SKIPPED: {test}: {error}");
-            let log = std::env::var_os("DIST_SKIP_LOG")?;
-            let log = std::fs::OpenOptions::new().append(true).create(true).open(log);
-            writeln!(log.expect("the log of skipped tests"), "{test} {error}").expect("the log");
-        }
-        Err(error) => panic!("{error}"),
-    }
-    None
-}
 
 /// A prompt and the log-probabilities of all its tokens but the first.
 type Golden = (Vec<u32>, Vec<f32>);

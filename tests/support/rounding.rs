@@ -5,7 +5,7 @@ use dist_core::DType;
 use dist_core::raw::{PeerHandle, PeerWindow, RawBuf};
 use dist_kernels::args::{
     AddBiasArgs, AddBiasNormArgs, AppendKv, AttentionArgs, EmbedArgs, Epilogue, GatherRowsArgs, LinearArgs,
-    LogitsArgs, Lookup, Norm, Prologue, Ragged, SampleArgs, Then,
+    LogitsArgs, Lookup, Norm, Prologue, Ragged, SampleArgs, SampleRow, Then,
 };
 use dist_kernels::cpu::{CpuBackend, CpuBuf};
 use dist_kernels::weight::{HostBytes, HostPart, HostWeight, Layout, Weight};
@@ -57,6 +57,9 @@ fn cast(part: &HostPart, layout: Layout, k: usize) -> HostPart {
 impl Backend for Rounding {
     type Buf = CpuBuf;
     type Graph = std::convert::Infallible;
+    type Fetch = Vec<u8>;
+
+    const STEPS_AHEAD: usize = 0;
 
     fn alloc(&mut self, what: &str, dtype: DType, len: usize) -> Result<CpuBuf> {
         self.0.alloc(what, dtype, len)
@@ -85,6 +88,14 @@ impl Backend for Rounding {
         self.0.download(src, at, dst)
     }
 
+    fn fetch(&mut self, pieces: &[(&CpuBuf, usize)]) -> Result<Vec<u8>> {
+        self.0.fetch(pieces)
+    }
+
+    fn finish(&mut self, fetch: Vec<u8>, dst: &mut [u8]) -> Result<()> {
+        self.0.finish(fetch, dst)
+    }
+
     fn synchronize(&mut self) -> Result<()> {
         self.0.synchronize()
     }
@@ -94,9 +105,9 @@ impl Backend for Rounding {
     }
 
     fn embed(&mut self, args: EmbedArgs<'_, Self>) -> Result<()> {
-        let EmbedArgs { out, rows, d, tokens, positions } = args;
+        let EmbedArgs { out, rows, d, tokens, positions, drawn } = args;
         let (tokens, positions) = (tokens.as_ref().map(lookup), positions.as_ref().map(lookup));
-        self.0.embed(EmbedArgs { out: &mut *out, rows, d, tokens, positions })?;
+        self.0.embed(EmbedArgs { out: &mut *out, rows, d, tokens, positions, drawn })?;
         round(out, rows * d);
         Ok(())
     }
@@ -174,7 +185,7 @@ impl Backend for Rounding {
         Ok(None)
     }
 
-    fn replay(&mut self, graph: &Self::Graph) -> Result<()> {
+    fn replay(&mut self, graph: &Self::Graph, _rows: &[SampleRow]) -> Result<()> {
         match *graph {}
     }
 

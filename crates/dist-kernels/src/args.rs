@@ -61,7 +61,12 @@ pub struct EmbedArgs<'a, B: Backend> {
     pub tokens: Option<Lookup<'a, B>>,
     /// The position table, added.
     pub positions: Option<Lookup<'a, B>>,
+    /// What was drawn before, u32: a token id with [`DRAWN`] set is, without it, a place in here.
+    pub drawn: Option<&'a B::Buf>,
 }
+
+/// Marks a token id as a place among the tokens that were drawn last, which the host need not have seen.
+pub const DRAWN: u32 = 1 << 31;
 
 /// The keys and values of one layer: `[n_blocks, n_kv_heads_local, block_size, d_head]` each.
 #[derive(Debug)]

@@ -6,7 +6,7 @@ use dist_core::raw::{PeerHandle, PeerWindow, RawBuf};
 
 use crate::args::{
     AddBiasArgs, AddBiasNormArgs, AttentionArgs, EmbedArgs, GatherRowsArgs, LinearArgs, LogitsArgs,
-    SampleArgs,
+    SampleArgs, SampleRow,
 };
 use crate::error::Result;
 use crate::weight::{Buffer, HostWeight, Weight};
@@ -20,6 +20,12 @@ pub trait Backend: Sized {
     type Buf: Buffer;
     /// A captured sequence of steps.
     type Graph;
+    /// What a [`fetch`](Self::fetch) brings.
+    type Fetch: std::fmt::Debug;
+
+    /// Steps of the engine that may be asked for before the one before them is done: more than none where asking and
+    /// doing are two things.
+    const STEPS_AHEAD: usize;
 
     /// Takes `len` elements, zeroed. `what` names the purpose in an out-of-memory error.
     fn alloc(&mut self, what: &str, dtype: DType, len: usize) -> Result<Self::Buf>;
@@ -32,6 +38,13 @@ pub trait Backend: Sized {
 
     /// Copies the elements from `at` on to `dst`, as bytes; waits for the steps before it.
     fn download(&mut self, src: &Self::Buf, at: usize, dst: &mut [u8]) -> Result<()>;
+
+    /// Asks for the first elements of several buffers as they are after the steps before; steps that are asked for later
+    /// do not touch what it brings.
+    fn fetch(&mut self, pieces: &[(&Self::Buf, usize)]) -> Result<Self::Fetch>;
+
+    /// Waits for a fetch: its pieces as bytes, one behind the other.
+    fn finish(&mut self, fetch: Self::Fetch, dst: &mut [u8]) -> Result<()>;
 
     /// Waits until all steps are done.
     fn synchronize(&mut self) -> Result<()>;
@@ -63,11 +76,11 @@ pub trait Backend: Sized {
     /// Picks a token a row and its log-probability.
     fn sample(&mut self, args: SampleArgs<'_, Self>) -> Result<()>;
 
-    /// Records the steps that `run` makes; `None` where a backend has no graphs and `run` was not called.
+    /// Runs the steps of `run`, and records them; `None` where a backend has no graphs and `run` was not called.
     fn capture(&mut self, run: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<Option<Self::Graph>>;
 
-    /// Runs a recorded sequence again.
-    fn replay(&mut self, graph: &Self::Graph) -> Result<()>;
+    /// Runs a recorded sequence again. Its `sample` draws as `rows` say; they are as many as when it was recorded.
+    fn replay(&mut self, graph: &Self::Graph, rows: &[SampleRow]) -> Result<()>;
 
     /// A handle by which a peer can open `buf`.
     fn share(&mut self, buf: &Self::Buf) -> Result<PeerHandle>;

@@ -16,6 +16,7 @@ mod launch;
 pub mod libraries;
 mod loaded;
 pub mod nvrtc;
+mod outputs;
 mod sample;
 pub mod staging;
 pub mod units;
@@ -23,6 +24,7 @@ mod weight;
 
 pub use backend::{CudaBackend, CudaOptions};
 pub use buf::CudaBuf;
+pub use outputs::CudaFetch;
 
 #[cfg(test)]
 mod test_support;

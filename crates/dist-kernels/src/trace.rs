@@ -7,7 +7,7 @@ use dist_core::{Activation, DType};
 
 use crate::args::{
     AddBiasArgs, AddBiasNormArgs, AttentionArgs, EmbedArgs, Epilogue, GatherRowsArgs, LinearArgs, LogitsArgs,
-    Norm, Prologue, Residual, SampleArgs, Then,
+    Norm, Prologue, Residual, SampleArgs, SampleRow, Then,
 };
 use crate::backend::Backend;
 use crate::error::{KernelError, Result};
@@ -79,6 +79,9 @@ fn epilogue_name<B: Backend>(epilogue: &Epilogue<'_, B>) -> String {
 impl Backend for TraceBackend {
     type Buf = TraceBuf;
     type Graph = ();
+    type Fetch = ();
+
+    const STEPS_AHEAD: usize = 0;
 
     fn alloc(&mut self, _what: &str, dtype: DType, len: usize) -> Result<TraceBuf> {
         self.n_allocs += 1;
@@ -101,6 +104,16 @@ impl Backend for TraceBackend {
 
     fn download(&mut self, src: &TraceBuf, at: usize, dst: &mut [u8]) -> Result<()> {
         assert!(at + dst.len() / src.dtype.bytes() <= src.len, "download ends within the buffer");
+        dst.fill(0);
+        Ok(())
+    }
+
+    fn fetch(&mut self, pieces: &[(&TraceBuf, usize)]) -> Result<()> {
+        assert!(pieces.iter().all(|(buf, len)| *len <= buf.len), "a fetch ends within the buffer");
+        Ok(())
+    }
+
+    fn finish(&mut self, _fetch: (), dst: &mut [u8]) -> Result<()> {
         dst.fill(0);
         Ok(())
     }
@@ -179,7 +192,7 @@ impl Backend for TraceBackend {
         Ok(None)
     }
 
-    fn replay(&mut self, _graph: &()) -> Result<()> {
+    fn replay(&mut self, _graph: &(), _rows: &[SampleRow]) -> Result<()> {
         Err(KernelError::Unsupported { backend: "trace", what: "replay a graph" })
     }
 

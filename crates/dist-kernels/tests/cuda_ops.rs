@@ -124,6 +124,7 @@ impl Tables {
                 d,
                 tokens: parts.0.then_some(Lookup { ids: &ids, table: &tokens, offset: 0, first }),
                 positions: parts.1.then_some(Lookup { ids: &at, table: &positions, offset: 2, first: 0 }),
+                drawn: None,
             })
             .unwrap();
         get(backend, &out)

@@ -6,7 +6,7 @@ use std::time::Duration;
 use dist_core::DType;
 use dist_core::philox::{NormalTable, stream_key};
 use dist_kernels::Backend;
-use dist_kernels::args::{EmbedArgs, Lookup};
+use dist_kernels::args::{DRAWN, EmbedArgs, Lookup};
 use dist_kernels::cpu::{CpuBackend, CpuBuf, CpuOptions, CpuPath};
 use dist_kernels::weight::{HostBytes, HostPart, HostWeight, Layout, Weight};
 use half::{bf16, f16};
@@ -85,6 +85,7 @@ fn tables_of_every_type_are_added() {
                     offset: OFFSET,
                     first: 0,
                 }),
+                drawn: None,
             };
             backend.embed(args).unwrap();
             for (idx, out) in out.slice::<f32>().iter().enumerate() {
@@ -93,6 +94,25 @@ fn tables_of_every_type_are_added() {
                 let position = stored(dtype, positions[(POSITIONS[row] + OFFSET) as usize * D + column]);
                 assert_eq!(out.to_bits(), (token + position).to_bits(), "row {row}, {dtype}, path {path:?}");
             }
+        }
+    }
+}
+
+#[test]
+fn ids_may_be_places_among_the_drawn() {
+    let tokens = numbers("tokens");
+    for path in [CpuPath::Auto, CpuPath::Portable] {
+        let mut backend = backend(path, 1);
+        let table = table(&mut backend, DType::F32, &tokens, 0..ROWS, ROWS);
+        let mut out = CpuBuf::from_slice("test", &[f32::NAN; 3 * D]).unwrap();
+        let (told, drawn) = (ids(&[2, DRAWN | 1, DRAWN]), ids(&[7, 5]));
+        let tokens_of = Some(Lookup { ids: &told, table: &table, offset: 0, first: 0 });
+        let drawn = Some(&drawn);
+        backend
+            .embed(EmbedArgs { out: &mut out, rows: 3, d: D, tokens: tokens_of, positions: None, drawn })
+            .unwrap();
+        for (row, token) in [2, 5, 7].into_iter().enumerate() {
+            assert_eq!(out.slice::<f32>()[row * D..][..D], tokens[token * D..][..D], "path {path:?}");
         }
     }
 }
@@ -112,6 +132,7 @@ fn the_parts_of_all_ranks_add_up_to_the_whole() {
                 d: D,
                 tokens: Some(Lookup { ids: &ids(&TOKENS), table: &table, offset: 0, first }),
                 positions: None,
+                drawn: None,
             };
             backend.embed(args).unwrap();
             sum.iter_mut().zip(out.slice::<f32>()).for_each(|(sum, x)| *sum += x);
@@ -134,6 +155,7 @@ fn positions_alone_add_to_what_is_there() {
         d: D,
         tokens: None,
         positions: Some(Lookup { ids: &ids(&[0, 6]), table: &table, offset: OFFSET, first: 0 }),
+        drawn: None,
     };
     backend.embed(args).unwrap();
     for (idx, x) in out.slice::<f32>().iter().enumerate() {
@@ -149,5 +171,5 @@ fn a_position_beyond_the_table_is_a_bug() {
     let table = table(&mut backend, DType::F32, &numbers("positions"), 0..ROWS, ROWS);
     let mut out = CpuBuf::from_slice("test", &[0.0_f32; 2 * D]).unwrap();
     let positions = Some(Lookup { ids: &ids(&[0, 8]), table: &table, offset: OFFSET, first: 0 });
-    let _ = backend.embed(EmbedArgs { out: &mut out, rows: 2, d: D, tokens: None, positions });
+    let _ = backend.embed(EmbedArgs { out: &mut out, rows: 2, d: D, tokens: None, positions, drawn: None });
 }

@@ -201,6 +201,7 @@ impl<B: Backend> Decoder<B> {
         let (s, rows) = (&self.shape, ctx.step.rows);
         let table = self.tokens.as_ref().expect("the first stage holds the token table");
         let tokens = Some(Lookup { ids: &ws.ids, table, offset: 0, first: s.vocab_first });
+        let drawn = Some(&ws.drawn);
         let positions = Some(Lookup {
             ids: &ws.positions,
             table: &tables.positions,
@@ -209,7 +210,7 @@ impl<B: Backend> Decoder<B> {
         });
         if let Some(project_in) = &tables.project_in {
             let (out, d) = (&mut ws.embedded, s.d_embed);
-            ctx.backend.embed(EmbedArgs { out, rows, d, tokens, positions: None })?;
+            ctx.backend.embed(EmbedArgs { out, rows, d, tokens, positions: None, drawn })?;
             ctx.reduce(&mut ws.embedded, d, "embedding", 0)?;
             let store = Epilogue { bias: None, then: Then::Store };
             ctx.backend.linear(linear(
@@ -221,14 +222,14 @@ impl<B: Backend> Decoder<B> {
             ))?;
         } else if ctx.tp.world_size() > 1 {
             let (out, d) = (&mut ws.hidden, s.d_model);
-            ctx.backend.embed(EmbedArgs { out, rows, d, tokens, positions: None })?;
+            ctx.backend.embed(EmbedArgs { out, rows, d, tokens, positions: None, drawn })?;
             ctx.reduce(&mut ws.hidden, d, "embedding", 0)?;
         } else {
             let (out, d) = (&mut ws.hidden, s.d_model);
-            return Ok(ctx.backend.embed(EmbedArgs { out, rows, d, tokens, positions })?);
+            return Ok(ctx.backend.embed(EmbedArgs { out, rows, d, tokens, positions, drawn })?);
         }
         let (out, d) = (&mut ws.hidden, s.d_model);
-        Ok(ctx.backend.embed(EmbedArgs { out, rows, d, tokens: None, positions })?)
+        Ok(ctx.backend.embed(EmbedArgs { out, rows, d, tokens: None, positions, drawn: None })?)
     }
 
     /// `normed` of the first block: its norm in pre-norm models, the residual itself in post-norm ones.

@@ -77,7 +77,7 @@ pub struct Engine<B: Backend> {
     followers: Followers,
     scheduler: Scheduler,
     texts: Texts,
-    /// Steps that were submitted and not committed, oldest first; one a pipeline stage at most.
+    /// Steps that were submitted and not committed, oldest first.
     in_flight: VecDeque<StepBatch>,
     depth: usize,
     /// Steps collected since the last one was submitted.
@@ -115,9 +115,12 @@ impl<B: Backend> Engine<B> {
             n_blocks: plan.kv.n_blocks,
             block_size: plan.kv.block_size,
         };
-        let depth = plan.mesh.pp;
+        let stages = plan.mesh.pp;
+        // Stages are kept busy by as many steps; one stage by the step after the one that it is at, if its device is one
+        // that only has to be asked.
+        let depth = if stages > 1 { stages } else { 1 + B::STEPS_AHEAD };
         let scheduler =
-            Scheduler::new(limits, plan.model.eos_ids.clone(), plan.model.n_vocab).for_stages(depth);
+            Scheduler::new(limits, plan.model.eos_ids.clone(), plan.model.n_vocab).for_stages(stages);
         let texts = Texts::new(tokenizer);
         Self {
             runner,

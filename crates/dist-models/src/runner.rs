@@ -1,20 +1,27 @@
 //! Runs steps on one rank: uploads the batch, runs the decoder, samples, hands out what was drawn. It never schedules.
 
+mod arrays;
+mod drawn;
+mod graphs;
+
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use bytemuck::{cast_slice, cast_slice_mut};
+use bytemuck::cast_slice_mut;
 use dist_comm::{CallName, Comm, CommError};
 use dist_core::plan::Plan;
 use dist_core::raw::RawBuf;
 use dist_core::{DType, ModelConfig, Rank};
-use dist_kernels::args::{GatherRowsArgs, KvLayer, SampleArgs, SampleRow};
+use dist_kernels::args::{GatherRowsArgs, KvLayer, SampleArgs};
 use dist_kernels::{Backend, KernelError};
 use serde::{Deserialize, Serialize};
 
 use crate::decoder::{Context, Decoder};
-use crate::step::{InputToken, Sampled, StepBatch, StepOutput};
+use crate::step::{StepBatch, StepOutput};
 use crate::workspace::{MAX_TOP, StepShape, Workspace};
+use arrays::{Arrays, Lasts};
+use drawn::{Drawn, Draws, Flight, arrive};
+use graphs::{Graphs, sizes};
 
 /// Why a step could not be run.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +57,7 @@ pub struct Comms {
 /// One rank's device, weights, cache and workspace.
 pub struct Runner<B: Backend> {
     // Fields drop top to bottom: what lives on the device before the device.
+    graphs: Graphs<B>,
     workspace: Workspace<B>,
     kv: Vec<KvLayer<B::Buf>>,
     decoder: Decoder<B>,
@@ -59,10 +67,9 @@ pub struct Runner<B: Backend> {
     n_vocab: usize,
     /// What was drawn last for each sequence slot.
     last: Vec<u32>,
-    in_flight: VecDeque<StepBatch>,
-    /// What the last stage drew and has not handed out.
-    drawn: VecDeque<Drawn>,
-    host: HostArrays,
+    in_flight: VecDeque<Flight<B>>,
+    arrays: Arrays,
+    gather_order: Vec<u32>,
     usage: Usage,
 }
 
@@ -83,15 +90,6 @@ pub(crate) fn timed<T>(waited: &mut Duration, wait: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Host copies of a step's arrays, kept between steps.
-#[derive(Default)]
-struct HostArrays {
-    ids: Vec<u32>,
-    logit_rows: Vec<u32>,
-    gather_order: Vec<u32>,
-    rows: Vec<SampleRow>,
-}
-
 impl<B: Backend> Runner<B> {
     /// Takes the cache and the workspace; the weights are in `decoder` already.
     pub fn new(
@@ -101,7 +99,7 @@ impl<B: Backend> Runner<B> {
         config: &ModelConfig,
         plan: &Plan,
         rank: Rank,
-    ) -> Result<Self, KernelError> {
+    ) -> Result<Self, RunError> {
         let layout = plan.kv_layout(rank);
         let cache_len = plan.kv.n_blocks * layout.block_len();
         let mut cache = |what| backend.alloc(what, layout.dtype, cache_len);
@@ -109,7 +107,8 @@ impl<B: Backend> Runner<B> {
             .map(|_| Ok(KvLayer { k: cache("key cache")?, v: cache("value cache")? }))
             .collect::<Result<_, KernelError>>()?;
         let workspace = Workspace::new(&mut backend, config, plan, rank)?;
-        Ok(Self {
+        let mut runner = Self {
+            graphs: Graphs::new(plan.limits.max_seq_len.div_ceil(plan.kv.block_size)),
             workspace,
             kv,
             decoder,
@@ -118,11 +117,55 @@ impl<B: Backend> Runner<B> {
             n_vocab: config.n_vocab,
             last: vec![0; plan.limits.max_seqs],
             in_flight: VecDeque::new(),
-            drawn: VecDeque::new(),
-            host: HostArrays::default(),
+            arrays: Arrays::default(),
+            gather_order: Vec::new(),
             usage: Usage::default(),
             plan: plan.clone(),
-        })
+        };
+        runner.record()?;
+        Ok(runner)
+    }
+
+    /// Decode steps become graphs where the device has such, largest first: what all of them use is taken then.
+    fn record(&mut self) -> Result<(), RunError> {
+        let limits = self.plan.limits;
+        if B::STEPS_AHEAD == 0 || self.plan.mesh.world_size() > 1 {
+            return Ok(());
+        }
+        let n_max = limits.max_seqs.min(limits.max_batch_tokens).min(limits.max_sample_rows);
+        for rows in sizes(n_max).into_iter().rev() {
+            let shape = self.graphs.shape_of(rows);
+            let nobody = StepBatch::empty();
+            self.arrays.fill(&nobody, &shape, &Lasts::<B> { seen: &[], before: None });
+            self.arrays.upload(&mut self.backend, &mut self.workspace)?;
+            let Some(graph) = self.capture(shape)? else { break };
+            self.graphs.keep(rows, graph);
+        }
+        tracing::debug!(n = self.graphs().count(), "decode steps recorded");
+        Ok(())
+    }
+
+    fn capture(&mut self, shape: StepShape) -> Result<Option<B::Graph>, RunError> {
+        let Self { backend, comms, decoder, workspace, kv, arrays, usage, n_vocab, .. } = self;
+        let mut other = None;
+        let graph = backend.capture(&mut |backend| {
+            let (tp, pp, waited) = (&mut comms.tp, &mut comms.pp, &mut usage.waiting);
+            let mut ctx = Context { backend, tp, pp, step: shape, waited };
+            match decoder.forward(&mut ctx, workspace, kv) {
+                Ok(()) => draw(ctx.backend, workspace, arrays, (1, *n_vocab, 0)),
+                Err(RunError::Kernel(error)) => Err(error),
+                Err(error) => {
+                    other = Some(error);
+                    Ok(())
+                }
+            }
+        })?;
+        other.map_or(Ok(graph), Err)
+    }
+
+    /// The decode steps that are recorded: their rows, and the recording.
+    pub fn graphs(&self) -> impl Iterator<Item = (usize, &B::Graph)> {
+        self.graphs.iter()
     }
 
     /// The device.
@@ -147,44 +190,51 @@ impl<B: Backend> Runner<B> {
     /// Starts a step. Its output comes from [`collect`](Self::collect), in order of the submissions.
     pub fn submit(&mut self, batch: &StepBatch) -> Result<(), RunError> {
         self.check(batch)?;
-        self.timed(|runner| {
-            runner.upload(batch)?;
-            runner.forward(batch)?;
-            if !runner.decoder.has_head() {
-                return Ok(());
-            }
-            let n_top = runner.n_top(batch);
-            runner.sample(batch, n_top)
-        })?;
-        self.in_flight.push_back(batch.clone());
+        let flight = self.timed(|runner| runner.start(batch))?;
+        self.in_flight.push_back(flight);
         Ok(())
+    }
+
+    fn start(&mut self, batch: &StepBatch) -> Result<Flight<B>, RunError> {
+        let n_top = self.n_top(batch);
+        let shape = self.upload(batch)?;
+        match self.graphs.fits(batch) {
+            Some((_, graph)) if n_top == 0 => self.backend.replay(graph, &self.arrays.rows)?,
+            _ => {
+                self.forward(shape)?;
+                if self.decoder.has_head() {
+                    self.sample(shape, n_top)?;
+                }
+            }
+        }
+        let draws = if self.decoder.has_head() { self.fetch(batch, n_top)? } else { Draws::Elsewhere };
+        Ok(Flight::of(batch, n_top, draws))
     }
 
     /// Waits for the oldest step that was submitted; `None` if there is none, or on stages that see no output.
     pub fn collect(&mut self) -> Result<Option<StepOutput>, RunError> {
-        let Some(batch) = self.in_flight.pop_front() else { return Ok(None) };
-        let is_last = self.decoder.has_head();
-        if !is_last && self.comms.pp.rank() != Rank(0) {
-            return Ok(None);
-        }
-        let (n, n_top) = (batch.samples.len(), self.n_top(&batch));
-        let drawn = if is_last {
-            self.drawn.pop_front().expect("every step of the last stage is sampled")
-        } else {
-            let (mut drawn, from) = (Drawn::new(n, n_top), Rank(self.comms.pp.world_size() - 1));
-            let raw = RawBuf::Host { bytes: cast_slice_mut(&mut drawn.words), dtype: DType::U32 };
-            let name = CallName::new("drawn tokens").step(batch.step);
-            timed(&mut self.usage.waiting, || self.comms.pp.recv(raw, from, name))?;
-            drawn
+        let Some(Flight { step, rows, n_top, draws }) = self.in_flight.pop_front() else { return Ok(None) };
+        let drawn = match draws {
+            Draws::Here(drawn) => drawn,
+            Draws::Asked(fetch) => {
+                self.timed(|runner| Ok(arrive(&mut runner.backend, fetch, rows.len(), n_top)?))?
+            }
+            Draws::Elsewhere if self.comms.pp.rank() != Rank(0) => return Ok(None),
+            Draws::Elsewhere => {
+                let (mut drawn, from) = (Drawn::new(rows.len(), n_top), Rank(self.comms.pp.world_size() - 1));
+                let raw = RawBuf::Host { bytes: cast_slice_mut(&mut drawn.words), dtype: DType::U32 };
+                let name = CallName::new("drawn tokens").step(step);
+                timed(&mut self.usage.waiting, || self.comms.pp.recv(raw, from, name))?;
+                drawn
+            }
         };
-        for (i, sample) in batch.samples.iter().enumerate() {
-            if let Some(seq_slot) = sample.seq_slot {
-                self.last[seq_slot as usize] = drawn.id(i);
+        for (i, (seq_slot, _)) in rows.iter().enumerate() {
+            if let Some(seq_slot) = seq_slot {
+                self.last[*seq_slot as usize] = drawn.id(i);
             }
         }
-        let sampled =
-            batch.samples.iter().enumerate().map(|(i, sample)| drawn.sampled(i, sample.n_top as usize));
-        Ok(Some(StepOutput { step: batch.step, sampled: sampled.collect() }))
+        let sampled = rows.iter().enumerate().map(|(i, (_, n_top))| drawn.sampled(i, *n_top));
+        Ok(Some(StepOutput { step, sampled: sampled.collect() }))
     }
 
     /// How many of the likeliest tokens the step reports a row: as many as its most curious row.
@@ -197,15 +247,15 @@ impl<B: Backend> Runner<B> {
     pub fn logits(&mut self, batch: &StepBatch) -> Result<Vec<f32>, RunError> {
         assert_eq!(self.plan.mesh.world_size(), 1, "logits are whole on one rank only");
         self.check(batch)?;
-        self.upload(batch)?;
-        self.forward(batch)?;
+        let shape = self.upload(batch)?;
+        self.forward(shape)?;
         let mut logits = vec![0.0; batch.samples.len() * self.n_vocab];
         self.backend.download(&self.workspace.logits, 0, cast_slice_mut(&mut logits))?;
         Ok(logits)
     }
 
-    fn forward(&mut self, batch: &StepBatch) -> Result<(), RunError> {
-        let (step, comms) = (StepShape::of(batch), &mut self.comms);
+    fn forward(&mut self, step: StepShape) -> Result<(), RunError> {
+        let comms = &mut self.comms;
         let mut ctx = Context {
             backend: &mut self.backend,
             tp: &mut comms.tp,
@@ -231,35 +281,27 @@ impl<B: Backend> Runner<B> {
         }
     }
 
-    fn upload(&mut self, batch: &StepBatch) -> Result<(), KernelError> {
-        let (ws, host, backend) = (&mut self.workspace, &mut self.host, &mut self.backend);
-        host.ids.clear();
-        host.ids.extend(batch.tokens.iter().map(|token| match *token {
-            InputToken::Known(id) => id,
-            InputToken::Last(seq_slot) => self.last[seq_slot as usize],
-        }));
-        host.logit_rows.clear();
-        host.logit_rows.extend(batch.samples.iter().map(|sample| sample.row));
-        backend.upload(&mut ws.ids, 0, cast_slice(&host.ids))?;
-        backend.upload(&mut ws.positions, 0, cast_slice(&batch.positions))?;
-        backend.upload(&mut ws.slots, 0, cast_slice(&batch.slots))?;
-        backend.upload(&mut ws.q_offsets, 0, cast_slice(&batch.q_offsets))?;
-        backend.upload(&mut ws.context_lens, 0, cast_slice(&batch.context_lens))?;
-        backend.upload(&mut ws.block_tables, 0, cast_slice(&batch.block_tables))?;
-        backend.upload(&mut ws.logit_rows, 0, cast_slice(&host.logit_rows))
+    /// Brings the step's arrays to the device, filled up to the size of a recorded step where one fits.
+    fn upload(&mut self, batch: &StepBatch) -> Result<StepShape, KernelError> {
+        let shape = self.graphs.fits(batch).map_or_else(|| StepShape::of(batch), |(shape, _)| shape);
+        // On several stages a sequence is in one step at a time: what it drew last has been seen.
+        let before = self.in_flight.back().filter(|_| self.plan.mesh.pp == 1);
+        self.arrays.fill(batch, &shape, &Lasts { seen: &self.last, before });
+        self.arrays.upload(&mut self.backend, &mut self.workspace)?;
+        Ok(shape)
     }
 
     /// Brings every rank's part of the vocabulary together, so that all ranks draw alike.
     fn gather_logits(&mut self, step: u64, n: usize) -> Result<(), RunError> {
         let (tp, vocab_local) = (self.plan.mesh.tp, self.n_vocab.div_ceil(self.plan.mesh.tp));
-        let (ws, order) = (&mut self.workspace, &mut self.host.gather_order);
+        let (ws, order) = (&mut self.workspace, &mut self.gather_order);
         let src = self.backend.raw(&mut ws.logits, n * vocab_local);
         let dst = self.backend.raw(&mut ws.gathered, tp * n * vocab_local);
         let name = CallName::new("logits").step(step);
         timed(&mut self.usage.waiting, || self.comms.tp.all_gather(src, dst, name))?;
         order.clear();
         order.extend((0..n).flat_map(|row| (0..tp).map(move |rank| (rank * n + row) as u32)));
-        self.backend.upload(&mut ws.gather_order, 0, cast_slice(order))?;
+        self.backend.upload(&mut ws.gather_order, 0, bytemuck::cast_slice(order))?;
         Ok(self.backend.gather_rows(GatherRowsArgs {
             out: &mut ws.whole,
             x: &ws.gathered,
@@ -270,71 +312,52 @@ impl<B: Backend> Runner<B> {
         })?)
     }
 
-    /// Draws on the last stage, and sends what was drawn to the first one, which needs it next.
-    fn sample(&mut self, batch: &StepBatch, n_top: usize) -> Result<(), RunError> {
-        let (n, tp) = (batch.samples.len(), self.plan.mesh.tp);
-        let mut drawn = Drawn::new(n, n_top);
-        if n > 0 {
-            if tp > 1 {
-                self.gather_logits(batch.step, n)?;
-            }
-            let (ws, host) = (&mut self.workspace, &mut self.host);
-            host.rows.clear();
-            host.rows.extend(batch.samples.iter().map(|sample| sample.how.clone()));
-            self.backend.sample(SampleArgs {
-                logits: if tp > 1 { &mut ws.whole } else { &mut ws.logits },
-                n_vocab: self.n_vocab,
-                ld: self.n_vocab.div_ceil(tp) * tp,
-                rows: &host.rows,
-                ids: &mut ws.drawn,
-                logprobs: &mut ws.logprobs,
-                n_top,
-                top_ids: &mut ws.top_ids,
-                top_logprobs: &mut ws.top_logprobs,
-            })?;
-            let (ids, logprobs, top_ids, top_logprobs) = drawn.split();
-            self.backend.download(&ws.drawn, 0, cast_slice_mut(ids))?;
-            self.backend.download(&ws.logprobs, 0, cast_slice_mut(logprobs))?;
-            self.backend.download(&ws.top_ids, 0, cast_slice_mut(top_ids))?;
-            self.backend.download(&ws.top_logprobs, 0, cast_slice_mut(top_logprobs))?;
+    /// Draws, on the last stage.
+    fn sample(&mut self, shape: StepShape, n_top: usize) -> Result<(), RunError> {
+        let tp = self.plan.mesh.tp;
+        if shape.n_logits == 0 {
+            return Ok(());
         }
-        if self.comms.pp.world_size() > 1 {
-            let raw = RawBuf::Host { bytes: cast_slice_mut(&mut drawn.words), dtype: DType::U32 };
-            let name = CallName::new("drawn tokens").step(batch.step);
-            timed(&mut self.usage.waiting, || self.comms.pp.send(raw, Rank(0), name))?;
+        if tp > 1 {
+            self.gather_logits(shape.number, shape.n_logits)?;
         }
-        self.drawn.push_back(drawn);
-        Ok(())
+        let (arrays, n_vocab) = (&self.arrays, self.n_vocab);
+        Ok(draw(&mut self.backend, &mut self.workspace, arrays, (tp, n_vocab, n_top))?)
+    }
+
+    /// Asks for what a step drew; where there are several stages, sends it to the first one, which needs it next.
+    fn fetch(&mut self, batch: &StepBatch, n_top: usize) -> Result<Draws<B>, RunError> {
+        let (n, ws) = (batch.samples.len(), &self.workspace);
+        let tops = n * n_top;
+        let pieces = [(&ws.drawn, n), (&ws.logprobs, n), (&ws.top_ids, tops), (&ws.top_logprobs, tops)];
+        let fetch = self.backend.fetch(&pieces)?;
+        if self.comms.pp.world_size() == 1 {
+            return Ok(Draws::Asked(fetch));
+        }
+        let mut drawn = arrive(&mut self.backend, fetch, n, n_top)?;
+        let raw = RawBuf::Host { bytes: cast_slice_mut(&mut drawn.words), dtype: DType::U32 };
+        let name = CallName::new("drawn tokens").step(batch.step);
+        timed(&mut self.usage.waiting, || self.comms.pp.send(raw, Rank(0), name))?;
+        Ok(Draws::Here(drawn))
     }
 }
 
-/// What a step drew, as words that go over a wire: ids, log-probabilities, likeliest ids, their log-probabilities.
-struct Drawn {
-    n: usize,
-    n_top: usize,
-    words: Vec<u32>,
-}
-
-impl Drawn {
-    fn new(n: usize, n_top: usize) -> Self {
-        Self { n, n_top, words: vec![0; n * (2 + 2 * n_top)] }
-    }
-
-    fn split(&mut self) -> (&mut [u32], &mut [u32], &mut [u32], &mut [u32]) {
-        let (ids, rest) = self.words.split_at_mut(self.n);
-        let (logprobs, rest) = rest.split_at_mut(self.n);
-        let (top_ids, top_logprobs) = rest.split_at_mut(self.n * self.n_top);
-        (ids, logprobs, top_ids, top_logprobs)
-    }
-
-    fn id(&self, i: usize) -> u32 {
-        self.words[i]
-    }
-
-    fn sampled(&self, i: usize, n_top: usize) -> Sampled {
-        let (logprobs, tops) = (self.n, 2 * self.n + i * self.n_top);
-        let top = tops..tops + n_top.min(self.n_top);
-        let top = top.map(|at| (self.words[at], f32::from_bits(self.words[at + self.n * self.n_top])));
-        Sampled { id: self.id(i), logprob: f32::from_bits(self.words[logprobs + i]), top: top.collect() }
-    }
+/// Draws from the logits of the step, or from those of all `tp` ranks.
+fn draw<B: Backend>(
+    backend: &mut B,
+    ws: &mut Workspace<B>,
+    arrays: &Arrays,
+    (tp, n_vocab, n_top): (usize, usize, usize),
+) -> Result<(), KernelError> {
+    backend.sample(SampleArgs {
+        logits: if tp > 1 { &mut ws.whole } else { &mut ws.logits },
+        n_vocab,
+        ld: n_vocab.div_ceil(tp) * tp,
+        rows: &arrays.rows,
+        ids: &mut ws.drawn,
+        logprobs: &mut ws.logprobs,
+        n_top,
+        top_ids: &mut ws.top_ids,
+        top_logprobs: &mut ws.top_logprobs,
+    })
 }

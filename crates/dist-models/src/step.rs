@@ -55,6 +55,23 @@ pub struct StepBatch {
 }
 
 impl StepBatch {
+    /// A step without rows.
+    pub(crate) fn empty() -> Self {
+        Self {
+            generation: 0,
+            step: 0,
+            tokens: Vec::new(),
+            positions: Vec::new(),
+            slots: Vec::new(),
+            q_offsets: vec![0],
+            context_lens: Vec::new(),
+            seq_slots: Vec::new(),
+            block_tables: Vec::new(),
+            max_blocks: 0,
+            samples: Vec::new(),
+        }
+    }
+
     /// Rows of the step.
     pub fn rows(&self) -> usize {
         self.tokens.len()

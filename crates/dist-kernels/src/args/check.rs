@@ -43,6 +43,9 @@ impl<B: Backend> EmbedArgs<'_, B> {
             expect("embed: ids [rows]", lookup.ids, DType::U32, self.rows);
             assert_eq!(lookup.table.k, self.d, "embed: table is [n, d]");
         }
+        if let Some(drawn) = self.drawn {
+            expect("embed: drawn", drawn, DType::U32, 0);
+        }
     }
 }
 

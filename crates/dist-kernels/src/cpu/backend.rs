@@ -21,7 +21,7 @@ use super::sample::{SampleScratch, sample};
 use super::simd::{CpuKernels, CpuPath};
 use crate::args::{
     AddBiasArgs, AddBiasNormArgs, AttentionArgs, EmbedArgs, Epilogue, GatherRowsArgs, K_SEGMENTS, LinearArgs,
-    LogitsArgs, Norm, Prologue, SampleArgs, Then,
+    LogitsArgs, Norm, Prologue, SampleArgs, SampleRow, Then,
 };
 use crate::backend::Backend;
 use crate::error::{KernelError, Result};
@@ -158,6 +158,10 @@ impl Backend for CpuBackend {
     type Buf = CpuBuf;
     /// There are none.
     type Graph = std::convert::Infallible;
+    /// It is there at once.
+    type Fetch = Vec<u8>;
+
+    const STEPS_AHEAD: usize = 0;
 
     fn alloc(&mut self, what: &str, dtype: DType, len: usize) -> Result<CpuBuf> {
         CpuBuf::zeroed(what, dtype, len)
@@ -191,6 +195,16 @@ impl Backend for CpuBackend {
     fn download(&mut self, src: &CpuBuf, at: usize, dst: &mut [u8]) -> Result<()> {
         let start = at * src.dtype().bytes();
         dst.copy_from_slice(&src.bytes()[start..start + dst.len()]);
+        Ok(())
+    }
+
+    fn fetch(&mut self, pieces: &[(&CpuBuf, usize)]) -> Result<Vec<u8>> {
+        let bytes = |&(buf, len): &(&CpuBuf, usize)| buf.bytes()[..len * buf.dtype().bytes()].to_vec();
+        Ok(pieces.iter().flat_map(bytes).collect())
+    }
+
+    fn finish(&mut self, fetch: Vec<u8>, dst: &mut [u8]) -> Result<()> {
+        dst.copy_from_slice(&fetch);
         Ok(())
     }
 
@@ -278,7 +292,7 @@ impl Backend for CpuBackend {
         Ok(None)
     }
 
-    fn replay(&mut self, graph: &Self::Graph) -> Result<()> {
+    fn replay(&mut self, graph: &Self::Graph, _rows: &[SampleRow]) -> Result<()> {
         match *graph {}
     }
 

@@ -6,7 +6,7 @@ use super::buf::CpuBuf;
 use super::norm::{for_rows, load_or, load_stored, store_at};
 use super::pool::{Disjoint, Pool};
 use super::simd::{CpuKernels, Kernel, LANES, Simd, Stored, StoredBf16, StoredF16, StoredF32};
-use crate::args::{EmbedArgs, Lookup};
+use crate::args::{DRAWN, EmbedArgs, Lookup};
 use crate::backend::Backend;
 use crate::weight::{Layout, Weight};
 
@@ -14,21 +14,26 @@ use crate::weight::{Layout, Weight};
 #[derive(Clone, Copy)]
 struct Table<'a> {
     ids: &'a [u32],
+    drawn: &'a [u32],
     weight: &'a Weight<CpuBuf>,
     offset: u32,
     first: u32,
 }
 
 impl<'a> Table<'a> {
-    fn new<B: Backend<Buf = CpuBuf>>(lookup: &Lookup<'a, B>) -> Self {
+    fn new<B: Backend<Buf = CpuBuf>>(lookup: &Lookup<'a, B>, drawn: Option<&'a CpuBuf>) -> Self {
         let Lookup { ids, table, offset, first } = *lookup;
         assert!(table.layout == Layout::Nk, "embed: a table is [n, d] with d contiguous");
-        Self { ids: ids.slice(), weight: table, offset, first }
+        Self { ids: ids.slice(), drawn: drawn.map_or(&[], CpuBuf::slice), weight: table, offset, first }
     }
 
     /// Where row `row`'s embedding is: the bytes of a part and the element at which it begins.
     fn find(&self, row: usize) -> Option<(&'a [u8], usize)> {
-        let id = u64::from(self.ids[row]) + u64::from(self.offset);
+        let id = match self.ids[row] {
+            place if !self.drawn.is_empty() && place & DRAWN != 0 => self.drawn[(place & !DRAWN) as usize],
+            id => id,
+        };
+        let id = u64::from(id) + u64::from(self.offset);
         let mut at = usize::try_from(id.checked_sub(u64::from(self.first))?).ok()?;
         for part in &self.weight.parts {
             if at < part.n {
@@ -94,9 +99,10 @@ fn add_stored<S: Simd, T: Stored>(s: S, out: &mut [f32], (bytes, start): (&[u8],
 // kernel
 /// `out = tokens[ids] + positions[ids]`; tokens outside the table's rows contribute zero.
 pub(crate) fn embed<B: Backend<Buf = CpuBuf>>(kernels: CpuKernels, pool: &Pool, args: EmbedArgs<'_, B>) {
-    let EmbedArgs { out, rows, d, tokens, positions } = args;
+    let EmbedArgs { out, rows, d, tokens, positions, drawn } = args;
     let out = Disjoint::new(out.f32s_mut());
-    let (tokens, positions) = (tokens.as_ref().map(Table::new), positions.as_ref().map(Table::new));
+    let tokens = tokens.as_ref().map(|tokens| Table::new(tokens, drawn));
+    let positions = positions.as_ref().map(|positions| Table::new(positions, None));
     for_rows(pool, rows, d, &|row, n| {
         // SAFETY: `for_rows` cuts the rows into ranges that do not overlap.
         let out = unsafe { out.piece(row * d, n * d) };

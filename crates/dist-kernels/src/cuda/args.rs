@@ -126,8 +126,28 @@ pub(super) struct EmbedParams {
     pub(super) out: Address,
     pub(super) tokens: EmbedTable,
     pub(super) positions: EmbedTable,
+    pub(super) drawn: Address,
     pub(super) d: i32,
     pub(super) padding: i32,
+}
+
+/// A piece of `CopyArgs`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub(super) struct CopyPiece {
+    pub(super) from: Address,
+    pub(super) to: Address,
+    pub(super) n_words: u64,
+}
+
+/// Pieces that one launch of `copy_pieces` takes.
+pub(super) const COPY_PIECES: usize = 16;
+
+/// `CopyArgs` of `rows.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub(super) struct CopyParams {
+    pub(super) pieces: [CopyPiece; COPY_PIECES],
 }
 
 /// `GatherArgs` of `rows.cu`.
@@ -158,7 +178,6 @@ pub(super) struct SampleParams {
     pub(super) logits: Address,
     pub(super) ld: i64,
     pub(super) rows: Address,
-    pub(super) changes: Address,
     pub(super) partials: Address,
     pub(super) tickets: Address,
     pub(super) ids: Address,

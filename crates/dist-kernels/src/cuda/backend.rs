@@ -9,15 +9,17 @@ use dist_core::raw::{PeerHandle, PeerWindow, RawBuf};
 use super::buf::CudaBuf;
 use super::cache::KernelCache;
 use super::driver::{Context, DeviceInfo, DeviceMemory, Driver, Graph, Stream};
-use super::inputs::Inputs;
+use super::inputs::{Inputs, Way};
+use super::launch::{ROWS_BYTES, Reader};
 use super::libraries::Libraries;
-use super::loaded::Kernels;
+use super::loaded::{Kernel, Kernels};
+use super::outputs::{CudaFetch, Outputs};
 use super::sample::PackedRows;
 use super::staging::{Staging, StagingOptions};
 use super::weight::{copy_bytes, row_elements};
 use crate::args::{
     AddBiasArgs, AddBiasNormArgs, AttentionArgs, EmbedArgs, GatherRowsArgs, LinearArgs, LogitsArgs,
-    SampleArgs,
+    SampleArgs, SampleRow,
 };
 use crate::backend::Backend;
 use crate::error::{KernelError, Result};
@@ -48,6 +50,11 @@ pub struct CudaBackend {
     pub(super) kernels: Kernels,
     pub(super) stream: Rc<Stream>,
     pub(super) inputs: Inputs,
+    outputs: Outputs,
+    /// `copy_pieces`.
+    pub(super) copy: Rc<Kernel>,
+    /// Whether what is asked is recorded and not done.
+    pub(super) is_recording: bool,
     /// Taken when the first weight comes.
     weights: Option<Staging>,
     pub(super) scratch: Scratch,
@@ -72,20 +79,23 @@ pub(super) struct Scratch {
     pub(super) tickets: Option<DeviceMemory>,
     /// What a step's rows ask of sampling.
     pub(super) rows: Option<DeviceMemory>,
+    /// The same for graphs, which know it by its address.
+    pub(super) rows_of_graphs: Option<DeviceMemory>,
     pub(super) changes: Option<DeviceMemory>,
+    /// What was too small: graphs that were recorded before still use it.
+    pub(super) outgrown: Vec<DeviceMemory>,
 }
 
 /// Memory of at least `n_bytes`, zeroed when it is taken; what it held is lost where it grows.
 pub(super) fn grown<'a>(
-    slot: &'a mut Option<DeviceMemory>,
+    (slot, outgrown): (&'a mut Option<DeviceMemory>, &mut Vec<DeviceMemory>),
     context: &Context,
     what: &str,
     n_bytes: usize,
 ) -> Result<&'a DeviceMemory> {
     if slot.as_ref().is_none_or(|memory| memory.n_bytes() < n_bytes) {
-        // What is there goes first, so that both need not fit.
-        *slot = None;
-        *slot = Some(context.alloc(what, n_bytes)?);
+        let larger = context.alloc(what, n_bytes)?;
+        outgrown.extend(slot.replace(larger));
     }
     Ok(slot.as_ref().expect("filled above"))
 }
@@ -101,9 +111,34 @@ impl CudaBackend {
         let context = Context::new(&driver, ordinal)?;
         let stream = Rc::new(context.stream()?);
         let inputs = Inputs::new(&context, INPUT_BYTES)?;
-        let kernels = Kernels::new(context.clone(), libraries, cache);
-        let (scratch, packed) = (Scratch::default(), PackedRows::default());
-        Ok(Self { kernels, stream, inputs, weights: None, scratch, packed, cast, staging, context })
+        let mut kernels = Kernels::new(context.clone(), libraries, cache);
+        Ok(Self {
+            copy: kernels.get("rows", "copy_pieces")?,
+            kernels,
+            stream,
+            inputs,
+            outputs: Outputs::default(),
+            is_recording: false,
+            weights: None,
+            scratch: Scratch::default(),
+            packed: PackedRows::default(),
+            cast,
+            staging,
+            context,
+        })
+    }
+
+    /// Waits for weights that are under way, and asks for arrays that wait to be copied: steps come after both.
+    fn ready(&mut self) -> Result<()> {
+        self.finish_weights()?;
+        let way = Way { stream: &self.stream, copy: &self.copy };
+        Ok(self.inputs.flush(way)?)
+    }
+
+    /// Copies `src` before the next step.
+    pub(super) fn send(&mut self, dst: &DeviceMemory, at: usize, src: &[u8]) -> Result<()> {
+        let way = Way { stream: &self.stream, copy: &self.copy };
+        Ok(self.inputs.upload(way, dst, at, src)?)
     }
 
     /// The GPU that it runs on.
@@ -146,6 +181,9 @@ fn unsupported<T>(what: &'static str) -> Result<T> {
 impl Backend for CudaBackend {
     type Buf = CudaBuf;
     type Graph = Graph;
+    type Fetch = CudaFetch;
+
+    const STEPS_AHEAD: usize = 1;
 
     fn alloc(&mut self, what: &str, dtype: DType, len: usize) -> Result<CudaBuf> {
         let n_bytes = len.checked_mul(dtype.bytes()).ok_or_else(|| KernelError::OutOfMemory {
@@ -172,20 +210,29 @@ impl Backend for CudaBackend {
     }
 
     fn upload(&mut self, dst: &mut CudaBuf, at: usize, src: &[u8]) -> Result<()> {
-        let at = at * dst.dtype.bytes();
-        Ok(self.inputs.upload(&self.stream, &dst.memory, at, src)?)
+        self.send(&dst.memory, at * dst.dtype.bytes(), src)
     }
 
     fn download(&mut self, src: &CudaBuf, at: usize, dst: &mut [u8]) -> Result<()> {
         if dst.is_empty() {
             return Ok(());
         }
-        self.finish_weights()?;
+        self.ready()?;
         Ok(self.stream.download(dst, &src.memory, at * src.dtype.bytes())?)
     }
 
+    fn fetch(&mut self, pieces: &[(&CudaBuf, usize)]) -> Result<CudaFetch> {
+        self.ready()?;
+        let way = Way { stream: &self.stream, copy: &self.copy };
+        Ok(self.outputs.fetch(&self.context, way, pieces)?)
+    }
+
+    fn finish(&mut self, fetch: CudaFetch, dst: &mut [u8]) -> Result<()> {
+        Ok(self.outputs.finish(&fetch, dst)?)
+    }
+
     fn synchronize(&mut self) -> Result<()> {
-        self.finish_weights()?;
+        self.ready()?;
         Ok(self.stream.synchronize()?)
     }
 
@@ -197,39 +244,43 @@ impl Backend for CudaBackend {
 
     fn embed(&mut self, args: EmbedArgs<'_, Self>) -> Result<()> {
         args.check();
-        self.finish_weights()?;
+        self.ready()?;
         self.launch_embed(&args)
     }
 
     fn linear(&mut self, args: LinearArgs<'_, Self>) -> Result<()> {
         args.check();
-        self.finish_weights()?;
+        self.ready()?;
         self.launch_linear(args)
     }
 
     fn attention(&mut self, args: AttentionArgs<'_, Self>) -> Result<()> {
         args.check();
+        self.ready()?;
         self.launch_attention(&args)
     }
 
     fn add_bias_norm(&mut self, args: AddBiasNormArgs<'_, Self>) -> Result<()> {
         args.check();
+        self.ready()?;
         self.launch_norm(&args)
     }
 
     fn add_bias(&mut self, args: AddBiasArgs<'_, Self>) -> Result<()> {
         args.check();
+        self.ready()?;
         self.launch_add_bias(&args)
     }
 
     fn gather_rows(&mut self, args: GatherRowsArgs<'_, Self>) -> Result<()> {
         args.check();
+        self.ready()?;
         self.launch_gather(&args)
     }
 
     fn logits(&mut self, args: LogitsArgs<'_, Self>) -> Result<()> {
         args.check();
-        self.finish_weights()?;
+        self.ready()?;
         self.launch_logits(&args)
     }
 
@@ -238,13 +289,26 @@ impl Backend for CudaBackend {
         self.launch_sample(&args)
     }
 
-    /// Kernels must have run once before: what they need is taken and loaded then, which a recording does not allow.
+    /// The first run takes and loads what the kernels need, which a recording does not allow.
     fn capture(&mut self, run: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<Option<Graph>> {
+        run(self)?;
+        let rows = (&mut self.scratch.rows_of_graphs, &mut self.scratch.outgrown);
+        grown(rows, &self.context, "rows to sample", ROWS_BYTES)?;
+        self.synchronize()?;
         let stream = Rc::clone(&self.stream);
-        stream.capture(|| run(self)).map(Some)
+        self.is_recording = true;
+        let graph = stream.capture(|| run(self));
+        self.is_recording = false;
+        let graph = graph?;
+        graph.upload(&self.stream)?;
+        Ok(Some(graph))
     }
 
-    fn replay(&mut self, graph: &Graph) -> Result<()> {
+    fn replay(&mut self, graph: &Graph, rows: &[SampleRow]) -> Result<()> {
+        if !rows.is_empty() {
+            self.tell_sampling(rows, Reader::Graph)?;
+        }
+        self.ready()?;
         Ok(graph.launch(&self.stream)?)
     }
 

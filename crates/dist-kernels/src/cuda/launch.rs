@@ -10,9 +10,11 @@ use super::args::{AddBiasParams, Address, EmbedParams, EmbedTable, GatherParams,
 use super::backend::{CudaBackend, NAME, grown};
 use super::buf::CudaBuf;
 use super::choice;
+use super::driver::{DeviceMemory, Launch};
+use super::inputs::Way;
 use super::sample::{CHUNK, Change, MAX_TOP, MAX_VOCAB, PARTIAL_BYTES, RowParams};
 use crate::args::{
-    AddBiasArgs, AddBiasNormArgs, EmbedArgs, GatherRowsArgs, Lookup, Norm, Residual, SampleArgs,
+    AddBiasArgs, AddBiasNormArgs, EmbedArgs, GatherRowsArgs, Lookup, Norm, Residual, SampleArgs, SampleRow,
 };
 use crate::error::{KernelError, Result};
 use crate::weight::Buffer;
@@ -21,6 +23,19 @@ use crate::weight::Buffer;
 const ROW_THREADS: u32 = 256;
 /// Threads of `sample`.
 const SAMPLE_THREADS: u32 = 1024;
+
+/// Memory that rows to sample and their changes have at first: enough for any step of a graph, and for most others.
+pub(super) const ROWS_BYTES: usize = 256 << 10;
+const CHANGES_BYTES: usize = 1 << 20;
+
+/// Who reads what rows ask of sampling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reader {
+    /// The next launch.
+    Launch,
+    /// Every graph.
+    Graph,
+}
 
 /// How kernels' names end.
 fn suffix(dtype: DType) -> &'static str {
@@ -69,7 +84,7 @@ impl CudaBackend {
     }
 
     pub(super) fn launch_embed(&mut self, args: &EmbedArgs<'_, Self>) -> Result<()> {
-        let EmbedArgs { out, rows, d, tokens, positions } = args;
+        let EmbedArgs { out, rows, d, tokens, positions, drawn } = args;
         if *rows == 0 {
             return Ok(());
         }
@@ -78,11 +93,17 @@ impl CudaBackend {
             out: out.address(),
             tokens: table_of(tokens.as_ref(), out.dtype),
             positions: table_of(positions.as_ref(), out.dtype),
+            drawn: drawn.map_or(0, CudaBuf::address),
             d: *d as i32,
             padding: 0,
         };
         let symbol = format!("embed{odd}_{}", suffix(out.dtype));
-        self.start(("rows", &symbol), [blocks, *rows as u32, 1], ROW_THREADS, &params)
+        let kernel = self.kernels.get("rows", &symbol)?;
+        // Kernels further on read the step's arrays before they wait for the kernel before them: nothing may start
+        // before the arrays are there, and this is the first to read them.
+        let launch =
+            Launch { overlaps: false, ..kernel.function.over([blocks, *rows as u32, 1], ROW_THREADS) };
+        Ok(kernel.function.launch(&self.stream, &launch, &params, &[])?)
     }
 
     pub(super) fn launch_norm(&mut self, args: &AddBiasNormArgs<'_, Self>) -> Result<()> {
@@ -164,6 +185,31 @@ impl CudaBackend {
         self.start(("rows", &symbol), [blocks, args.n_out as u32, 1], ROW_THREADS, &params)
     }
 
+    /// Brings what the rows ask of sampling to where the kernel reads it.
+    pub(super) fn tell_sampling(&mut self, rows: &[SampleRow], reader: Reader) -> Result<Address> {
+        self.packed.fill(rows);
+        let (scratch, context) = (&mut self.scratch, &self.context);
+        let outgrown = &mut scratch.outgrown;
+        let n_bytes = (self.packed.changes.len() * size_of::<Change>()).next_power_of_two();
+        let what = "penalties and biases";
+        let changes = grown((&mut scratch.changes, outgrown), context, what, n_bytes.max(CHANGES_BYTES))?;
+        self.packed.changes_are_at(changes.address());
+        let n_bytes = (rows.len() * size_of::<RowParams>()).next_power_of_two().max(ROWS_BYTES);
+        let slot = match reader {
+            Reader::Launch => &mut scratch.rows,
+            Reader::Graph if n_bytes > ROWS_BYTES => return unsupported("draw so many rows in a graph"),
+            Reader::Graph => &mut scratch.rows_of_graphs,
+        };
+        if self.is_recording {
+            return Ok(slot.as_ref().map_or(0, DeviceMemory::address));
+        }
+        let rows = grown((slot, outgrown), context, "rows to sample", n_bytes)?;
+        let way = Way { stream: &self.stream, copy: &self.copy };
+        self.inputs.upload(way, rows, 0, bytemuck::cast_slice(&self.packed.rows))?;
+        self.inputs.upload(way, changes, 0, bytemuck::cast_slice(&self.packed.changes))?;
+        Ok(rows.address())
+    }
+
     pub(super) fn launch_sample(&mut self, args: &SampleArgs<'_, Self>) -> Result<()> {
         let (n, n_vocab) = (args.rows.len(), args.n_vocab);
         if n == 0 {
@@ -172,29 +218,20 @@ impl CudaBackend {
         if n_vocab > MAX_VOCAB || args.n_top > MAX_TOP {
             return unsupported("sample from more than 524,288 tokens, or report more than 1,024 of them");
         }
-        self.packed.fill(args.rows, n_vocab);
+        let reader = if self.is_recording { Reader::Graph } else { Reader::Launch };
+        let rows = self.tell_sampling(args.rows, reader)?;
         let chunks = n_vocab.div_ceil(CHUNK);
-        let (scratch, context, stream) = (&mut self.scratch, &self.context, &self.stream);
-        let n_changes = self.packed.changes.len();
-        let rows = grown(&mut scratch.rows, context, "rows to sample", n * size_of::<RowParams>())?;
-        let changes = grown(
-            &mut scratch.changes,
-            context,
-            "penalties and biases",
-            n_changes.next_power_of_two() * size_of::<Change>(),
-        )?;
-        let partials =
-            grown(&mut scratch.sample, context, "scratch of sampling", n * chunks * PARTIAL_BYTES)?;
-        let tickets = grown(&mut scratch.tickets, context, "scratch of sampling", n * 4)?;
-        self.inputs.upload(stream, rows, 0, bytemuck::cast_slice(&self.packed.rows))?;
-        self.inputs.upload(stream, changes, 0, bytemuck::cast_slice(&self.packed.changes))?;
+        let (scratch, context, what) = (&mut self.scratch, &self.context, "scratch of sampling");
+        let outgrown = &mut scratch.outgrown;
+        let n_bytes = n * chunks * PARTIAL_BYTES;
+        let partials = grown((&mut scratch.sample, outgrown), context, what, n_bytes)?.address();
+        let tickets = grown((&mut scratch.tickets, outgrown), context, what, n * 4)?.address();
         let params = SampleParams {
             logits: args.logits.address(),
             ld: args.ld as i64,
-            rows: rows.address(),
-            changes: changes.address(),
-            partials: partials.address(),
-            tickets: tickets.address(),
+            rows,
+            partials,
+            tickets,
             ids: args.ids.address(),
             logprobs: args.logprobs.address(),
             top_ids: args.top_ids.address(),

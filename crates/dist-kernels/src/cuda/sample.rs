@@ -22,7 +22,8 @@ pub(super) struct RowParams {
     target: u32,
     /// Drawn where no logit is finite: the lowest id that is not banned.
     fallback: u32,
-    first_change: u32,
+    /// Where the row's changes are on the GPU; before they are there, the number of the first one.
+    changes: u64,
     n_changes: u32,
     temperature: f32,
     top_k: u32,
@@ -31,6 +32,7 @@ pub(super) struct RowParams {
     seed: [u32; 2],
     sample_idx: u32,
     position: u32,
+    padding: u32,
 }
 
 /// `SampleChange` of `sample.cu`.
@@ -58,7 +60,7 @@ pub(super) struct PackedRows {
 
 impl PackedRows {
     /// Takes in the rows of a step; what was there is forgotten.
-    pub(super) fn fill(&mut self, rows: &[SampleRow], n_vocab: usize) {
+    pub(super) fn fill(&mut self, rows: &[SampleRow]) {
         self.rows.clear();
         self.changes.clear();
         for row in rows {
@@ -71,8 +73,8 @@ impl PackedRows {
             }
             self.rows.push(RowParams {
                 target: row.target.unwrap_or(NO_TOKEN),
-                fallback: lowest_allowed(&row.banned, n_vocab),
-                first_change: first as u32,
+                fallback: lowest_allowed(&row.banned),
+                changes: first as u64,
                 n_changes: (self.changes.len() - first) as u32,
                 temperature: row.temperature,
                 top_k: row.top_k,
@@ -81,7 +83,15 @@ impl PackedRows {
                 seed: [row.seed as u32, (row.seed >> 32) as u32],
                 sample_idx: row.sample_idx,
                 position: row.position,
+                padding: 0,
             });
+        }
+    }
+
+    /// The changes are at `address` from now on.
+    pub(super) fn changes_are_at(&mut self, address: u64) {
+        for row in &mut self.rows {
+            row.changes = address + row.changes * size_of::<Change>() as u64;
         }
     }
 }
@@ -106,8 +116,8 @@ fn push_changes(changes: &mut Vec<Change>, row: &SampleRow) {
     }
 }
 
-/// The lowest id that is not banned; 0 if all are.
-fn lowest_allowed(banned: &[u32], n_vocab: usize) -> u32 {
+/// The lowest id that is not banned.
+fn lowest_allowed(banned: &[u32]) -> u32 {
     if !banned.contains(&0) {
         return 0;
     }
@@ -115,8 +125,7 @@ fn lowest_allowed(banned: &[u32], n_vocab: usize) -> u32 {
     sorted.sort_unstable();
     sorted.dedup();
     // The ids before the first gap are banned.
-    let gap = sorted.iter().zip(0..).take_while(|&(&id, at)| id == at).count();
-    if gap < n_vocab { gap as u32 } else { 0 }
+    sorted.iter().zip(0..).take_while(|&(&id, at)| id == at).count() as u32
 }
 
 #[cfg(test)]
@@ -159,7 +168,7 @@ mod tests {
             ..row()
         };
         let mut packed = PackedRows::default();
-        packed.fill(&[row(), penalised], 100);
+        packed.fill(&[row(), penalised]);
         let changes: Vec<_> = packed.changes.iter().map(|c| (c.id, c.op, c.value)).collect();
         let expected = [
             (1, ADD, 3.0),
@@ -170,15 +179,15 @@ mod tests {
             (9, PENALTY, 1.5),
         ];
         assert_eq!(changes, expected);
-        assert_eq!((packed.rows[0].first_change, packed.rows[0].n_changes), (0, 0));
-        assert_eq!((packed.rows[1].first_change, packed.rows[1].n_changes), (0, 6));
+        assert_eq!((packed.rows[0].changes, packed.rows[0].n_changes), (0, 0));
+        assert_eq!((packed.rows[1].changes, packed.rows[1].n_changes), (0, 6));
         assert_eq!(packed.rows[0].seed, [9, 7]);
     }
 
     #[test]
     fn the_lowest_id_that_is_not_banned_is_found() {
-        assert_eq!(lowest_allowed(&[], 10), 0);
-        assert_eq!(lowest_allowed(&[1, 0, 0, 3], 10), 2);
-        assert_eq!(lowest_allowed(&[2, 1, 0], 3), 0);
+        assert_eq!(lowest_allowed(&[]), 0);
+        assert_eq!(lowest_allowed(&[1, 0, 0, 3]), 2);
+        assert_eq!(lowest_allowed(&[2, 1, 0]), 3);
     }
 }

@@ -32,19 +32,7 @@ pub(crate) struct BatchWriter {
 
 impl BatchWriter {
     pub(crate) fn new(step: u64, max_rows: usize, max_samples: usize) -> Self {
-        let batch = StepBatch {
-            generation: 0,
-            step,
-            tokens: Vec::new(),
-            positions: Vec::new(),
-            slots: Vec::new(),
-            q_offsets: vec![0],
-            context_lens: Vec::new(),
-            seq_slots: Vec::new(),
-            block_tables: Vec::new(),
-            max_blocks: 0,
-            samples: Vec::new(),
-        };
+        let batch = StepBatch { step, ..StepBatch::empty() };
         let (owners, tables) = (Vec::new(), Vec::new());
         Self { rows_left: max_rows, samples_left: max_samples, batch, owners, tables }
     }

@@ -1,4 +1,4 @@
-// embed, gather_rows, add_bias: one pass over rows. Bound by latency for few rows, by memory for many.
+// embed, gather_rows, add_bias, copy_pieces: one pass over rows. Bound by latency for few rows, by memory for many.
 //
 // Layout: tables [n, d] with rows `ld` apart, rows [rows, d] contiguous; accesses of V elements, V = 8 if d and ld are
 // multiples of 8 and all is 16-byte aligned, else V = 1 (`_odd`).
@@ -18,13 +18,16 @@ struct EmbedArgs {
     u16* out;           // [rows, d]
     EmbedTable tokens;  // without ids: out is added to
     EmbedTable positions;
+    const u32* drawn;   // what a token id with the top bit set, less it, is a place in
     int d;
 };
 
 template <class T, int V>
-DEVICE void add_table(float (&x)[V], const EmbedTable& table, int row, int at) {
+DEVICE void add_table(float (&x)[V], const EmbedTable& table, const u32* drawn, int row, int at) {
     if (!table.ids) return;
-    u64 id = (u64)table.ids[row] + table.offset - table.first;
+    u32 told = table.ids[row];
+    if (drawn && told >> 31) told = drawn[told & 0x7fffffffu];
+    u64 id = (u64)told + table.offset - table.first;
     if (id >= table.n) return;
     const u16* from = table.table + (i64)id * table.ld + at;
 #pragma unroll
@@ -60,8 +63,8 @@ DEVICE void embed(const EmbedArgs& args) {
 #pragma unroll
         for (int v = 0; v < V; v++) x[v] = widen<T>(out[v]);
     }
-    add_table<T, V>(x, args.tokens, row, at);
-    add_table<T, V>(x, args.positions, row, at);
+    add_table<T, V>(x, args.tokens, args.drawn, row, at);
+    add_table<T, V>(x, args.positions, nullptr, row, at);
     store<T, V>(out, x);
 }
 
@@ -100,6 +103,23 @@ DEVICE void add_bias(const AddBiasArgs& args) {
 #pragma unroll
     for (int v = 0; v < V; v++) sum[v] = widen<T>(x[v]) + widen<T>(args.bias[at + v]);
     store<T, V>(x, sum);
+}
+
+struct CopyPiece {
+    const u32* from;
+    u32* to;
+    i64 n;
+};
+struct CopyArgs {
+    CopyPiece pieces[16];
+};
+
+// Words between the GPU's memory and the host's, which it reads and writes by itself: a step's small arrays cost one launch.
+// Launch: grid (blocks, pieces), 256 threads; nothing may start before it is done.
+KERNEL copy_pieces(const __grid_constant__ CopyArgs args) {
+    CopyPiece piece = args.pieces[blockIdx.y];
+    i64 step = (i64)gridDim.x * 256;
+    for (i64 i = blockIdx.x * 256 + threadIdx.x; i < piece.n; i += step) piece.to[i] = piece.from[i];
 }
 
 KERNEL embed_bf16(const __grid_constant__ EmbedArgs args) { embed<Bf16, 8>(args); }

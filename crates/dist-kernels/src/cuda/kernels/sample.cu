@@ -147,7 +147,7 @@ DEVICE u32 draw(SampleShared& s, const Logits& row, W kept_weight, double u) {
 // Draws a token of the adjusted logits, of which `best` is the likeliest.
 DEVICE u32 choose(SampleShared& s, const SampleRow& how, const Logits& row, u64 best) {
     float max = logit_of(best);
-    if (max == minus_infinity()) return how.fallback;
+    if (max == minus_infinity()) return how.fallback < row.n ? how.fallback : 0;
     if (!(how.temperature > 0.0f)) return id_of(best);
     float temperature = fminf(how.temperature, LARGEST);
     u64 worst = 0;
@@ -232,7 +232,7 @@ KERNEL __launch_bounds__(THREADS) sample_f32(const __grid_constant__ SampleArgs 
     Softmax softmax = combine(s, partials, n_chunks, best);
     if (args.n_top > 0) report_top(s, args, row, softmax);
     const SampleRow how = args.rows[row_idx];
-    SampleChange* changes = args.changes + how.first_change;
+    SampleChange* changes = how.changes;
     u32 id = how.target;
     if (id == NO_TOKEN) {
         if (how.n_changes > 0) {

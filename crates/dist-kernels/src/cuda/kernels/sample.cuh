@@ -5,10 +5,18 @@ constexpr int BINS = 2048, MEMBERS = 1024, STRIDES = 1024;
 constexpr float LARGEST = 3.402823466e38f;
 constexpr u32 NO_TOKEN = 0xffffffffu;
 
+// One change of a logit; those of a row are sorted by token, those of a token stand in the order of their effect.
+struct SampleChange {
+    u32 id;
+    u32 op;  // 0: repetition penalty, 1: subtract, 2: add, 3: ban
+    float value;
+    float before;  // written here: the logit before the token's first change
+};
+
 struct SampleRow {
     u32 target;        // scored instead of drawing; NO_TOKEN: draw
-    u32 fallback;      // where no logit is finite
-    u32 first_change;  // its changes in SampleArgs::changes
+    u32 fallback;      // where no logit is finite, if there is such a token
+    SampleChange* changes;
     u32 n_changes;
     float temperature;
     u32 top_k;
@@ -17,14 +25,6 @@ struct SampleRow {
     u32 seed_low, seed_high;
     u32 sample_idx;
     u32 position;
-};
-
-// One change of a logit; those of a row are sorted by token, those of a token stand in the order of their effect.
-struct SampleChange {
-    u32 id;
-    u32 op;  // 0: repetition penalty, 1: subtract, 2: add, 3: ban
-    float value;
-    float before;  // written here: the logit before the token's first change
 };
 
 struct SamplePartial {
@@ -36,7 +36,6 @@ struct SampleArgs {
     float* logits;
     i64 ld;
     const SampleRow* rows;
-    SampleChange* changes;
     SamplePartial* partials;
     u32* tickets;
     u32* ids;            // [rows]

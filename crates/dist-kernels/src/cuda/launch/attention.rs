@@ -55,8 +55,9 @@ impl CudaBackend {
         if splits > 1 {
             let (scratch, context, what) = (&mut self.scratch, &self.context, "parts of attention");
             let n_bytes = all_tiles * splits * part_floats * 4;
-            partials = grown(&mut scratch.attention, context, what, n_bytes)?.address();
-            counters = grown(&mut scratch.counters, context, what, all_tiles * 4)?.address();
+            let outgrown = &mut scratch.outgrown;
+            partials = grown((&mut scratch.attention, outgrown), context, what, n_bytes)?.address();
+            counters = grown((&mut scratch.counters, outgrown), context, what, all_tiles * 4)?.address();
         }
         let params = AttentionParams {
             out: args.out.address(),
@@ -87,7 +88,9 @@ impl CudaBackend {
         let n_seqs = args.seqs.n_seqs;
         let is_hopper = self.context.info().capability == (9, 0);
         let what = "order of attention's work";
-        let next = grown(&mut self.scratch.next, &self.context, what, size_of::<u32>())?.address();
+        let (scratch, n_bytes) = (&mut self.scratch, size_of::<u32>());
+        let memory = (&mut scratch.next, &mut scratch.outgrown);
+        let next = grown(memory, &self.context, what, n_bytes)?.address();
         let box_rows = 1 << args.layout.block_size.trailing_zeros().min(7);
         let params = PrefillParams {
             out: args.out.address(),

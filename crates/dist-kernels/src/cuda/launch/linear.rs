@@ -94,7 +94,11 @@ impl CudaBackend {
     /// Normalised rows in memory of our own.
     fn norm_rows(&mut self, x: &CudaBuf, norm: &Norm<'_, Self>, rows: usize, k: usize) -> Result<Address> {
         let n_bytes = rows * k * x.dtype.bytes();
-        let normed = grown(&mut self.scratch.normed, &self.context, "normed rows", n_bytes)?.address();
+        let normed = {
+            let scratch = &mut self.scratch;
+            let memory = (&mut scratch.normed, &mut scratch.outgrown);
+            grown(memory, &self.context, "normed rows", n_bytes)?.address()
+        };
         self.norm((normed, x.address(), 0, 0), norm, false, (rows, k), x.dtype)?;
         Ok(normed)
     }
