@@ -21,8 +21,23 @@ use crate::problem::Problem;
 
 /// Tokens of a KV block.
 pub const BLOCK_SIZE: usize = 16;
+
 /// Sequences at once, unless told otherwise.
-const MAX_SEQS: usize = 16;
+fn max_seqs(kind: DeviceKind) -> usize {
+    match kind {
+        DeviceKind::Cpu => 16,
+        DeviceKind::Cuda => 256,
+    }
+}
+
+/// Tokens of a step, unless told otherwise: enough to keep the device at its best, and no more.
+pub fn batch_tokens(kind: DeviceKind) -> usize {
+    match kind {
+        DeviceKind::Cpu => 512,
+        DeviceKind::Cuda => 8192,
+    }
+}
+
 /// Prompt tokens that are scored in one step.
 const SCORED_ROWS: usize = 64;
 /// How much of the free memory may be taken.
@@ -96,15 +111,12 @@ pub fn max_seq_len(asked: &LimitArgs, config: &ModelConfig) -> anyhow::Result<us
 }
 
 /// The sizes that memory is taken for.
-pub fn limits(asked: &LimitArgs, max_seq_len: usize, demand: Demand) -> Limits {
-    let max_seqs = asked.max_seqs.unwrap_or_else(|| demand.n_samples.min(MAX_SEQS).max(demand.n_most));
-    let scored = if demand.scores_prompts { SCORED_ROWS.min(asked.max_batch_tokens) } else { 0 };
-    Limits {
-        max_seq_len,
-        max_seqs,
-        max_batch_tokens: asked.max_batch_tokens,
-        max_sample_rows: max_seqs.max(scored),
-    }
+pub fn limits(asked: &LimitArgs, max_seq_len: usize, demand: Demand, kind: DeviceKind) -> Limits {
+    let of_device = || demand.n_samples.min(max_seqs(kind)).max(demand.n_most);
+    let max_seqs = asked.max_seqs.unwrap_or_else(of_device);
+    let max_batch_tokens = asked.max_batch_tokens.unwrap_or_else(|| batch_tokens(kind));
+    let scored = if demand.scores_prompts { SCORED_ROWS.min(max_batch_tokens) } else { 0 };
+    Limits { max_seq_len, max_seqs, max_batch_tokens, max_sample_rows: max_seqs.max(scored) }
 }
 
 /// Between ranks, where nobody has measured.

@@ -107,7 +107,8 @@ fn workload(cell: Cell) -> Workload {
 /// Room for every cell.
 fn limits(request: &BenchmarkRequest, n_ctx: usize) -> anyhow::Result<Limits> {
     let most = |of: fn(&Cell) -> usize| request.cells.iter().map(of).max().unwrap_or(1);
-    let (max_seqs, max_seq_len) = (most(|cell| cell.batch), most(|cell| cell.prompt_len + cell.new_tokens));
+    let (batch, max_seq_len) = (most(|cell| cell.batch), most(|cell| cell.prompt_len + cell.new_tokens));
+    let max_seqs = request.max_seqs.map_or(batch, |most| most.min(batch));
     if max_seq_len > n_ctx {
         let what =
             format!("prompt and new tokens are {max_seq_len} together, the model knows {n_ctx} positions");

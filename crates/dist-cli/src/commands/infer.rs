@@ -66,7 +66,7 @@ impl<B: Device> Ready<B> {
         let crew = Crew::gather(launch, &model, backend.free_bytes()?, console)?;
         let start = Instant::now();
         let demand = demand(&jobs, max_seq_len);
-        let limits = session::limits(&request.limits, max_seq_len, demand);
+        let limits = session::limits(&request.limits, max_seq_len, demand, device.kind);
         let (split, ranks) = (&launch.split, crew.facts.as_slice());
         let setting = Setting { model: &model, device: &device, rates: Rates::UNKNOWN, limits, split, ranks };
         let Demand { n_samples, prompt_len, new_tokens, .. } = demand;

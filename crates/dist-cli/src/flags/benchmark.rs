@@ -5,6 +5,7 @@ use clap::Args;
 use super::{DeviceArgs, DeviceRequest, MeshArgs, MeshRequest, ModelArgs, numbers};
 use crate::bench::Cell;
 use crate::model::ModelChoice;
+use crate::session;
 
 const AFTER_HELP: &str = "\
 Every batch size is run with every prompt length and every number of new
@@ -31,7 +32,7 @@ pub struct BenchmarkArgs {
     /// Which model.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Sequences at once
+    /// Sequences that arrive at once
     #[arg(long, visible_alias = "batch-size", value_name = "N,…", value_delimiter = ',', value_parser = numbers::count, default_value = "1")]
     pub batch: Vec<usize>,
     /// Tokens of each prompt
@@ -46,9 +47,12 @@ pub struct BenchmarkArgs {
     /// Measured rounds
     #[arg(long, visible_alias = "num-iters", value_name = "N", value_parser = numbers::count, default_value = "3")]
     pub repeats: usize,
-    /// Tokens of one step
-    #[arg(long, visible_alias = "max-num-batched-tokens", value_name = "N", value_parser = numbers::count, default_value = "512")]
-    pub max_batch_tokens: usize,
+    /// Sequences that run at the same time, where the others wait; by default all
+    #[arg(long, visible_alias = "max-num-seqs", value_name = "N", value_parser = numbers::count)]
+    pub max_seqs: Option<usize>,
+    /// Tokens of one step; by default 512 on a CPU, 8192 on a GPU
+    #[arg(long, visible_alias = "max-num-batched-tokens", value_name = "N", value_parser = numbers::count)]
+    pub max_batch_tokens: Option<usize>,
     /// Where to run.
     #[command(flatten)]
     pub device: DeviceArgs,
@@ -75,6 +79,8 @@ pub struct BenchmarkRequest {
     pub warmups: usize,
     /// Measured rounds.
     pub repeats: usize,
+    /// Sequences at once, if not all.
+    pub max_seqs: Option<usize>,
     /// Tokens of one step.
     pub max_batch_tokens: usize,
     /// Whether to write JSON.
@@ -94,14 +100,16 @@ impl BenchmarkArgs {
                 }));
             }
         }
+        let device = self.device.to_request()?;
         Ok(BenchmarkRequest {
             model: self.model.to_choice()?,
-            device: self.device.to_request()?,
+            device,
             mesh: self.mesh.to_request()?,
             cells,
             warmups: self.warmups,
             repeats: self.repeats,
-            max_batch_tokens: self.max_batch_tokens,
+            max_seqs: self.max_seqs,
+            max_batch_tokens: self.max_batch_tokens.unwrap_or_else(|| session::batch_tokens(device.kind)),
             json: self.json,
         })
     }

@@ -12,16 +12,10 @@ pub struct LimitArgs {
     /// Tokens of the longest sequence, prompt and new ones; by default the model's context
     #[arg(long, visible_alias = "max-model-len", value_name = "N", value_parser = numbers::count)]
     pub max_seq_len: Option<usize>,
-    /// Tokens of one step: longer prompts are taken in chunks
-    #[arg(
-        long,
-        visible_alias = "max-num-batched-tokens",
-        value_name = "N",
-        value_parser = numbers::count,
-        default_value = "512"
-    )]
-    pub max_batch_tokens: usize,
-    /// Sequences that run at the same time; by default as many as there are, at most 16
+    /// Tokens of one step: longer prompts are taken in chunks; by default 512 on a CPU, 8192 on a GPU
+    #[arg(long, visible_alias = "max-num-batched-tokens", value_name = "N", value_parser = numbers::count)]
+    pub max_batch_tokens: Option<usize>,
+    /// Sequences that run at the same time; by default as many as there are, at most 16 on a CPU, 256 on a GPU
     #[arg(long, visible_alias = "max-num-seqs", value_name = "N", value_parser = numbers::count)]
     pub max_seqs: Option<usize>,
 }

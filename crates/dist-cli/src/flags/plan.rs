@@ -112,7 +112,10 @@ impl PlanArgs {
         let limits = Limits {
             max_seq_len: session::max_seq_len(&self.limits, &model)?,
             max_seqs,
-            max_batch_tokens: self.limits.max_batch_tokens,
+            max_batch_tokens: self
+                .limits
+                .max_batch_tokens
+                .unwrap_or_else(|| session::batch_tokens(DeviceKind::Cpu)),
             max_sample_rows: max_seqs,
         };
         let options = PlanOptions {

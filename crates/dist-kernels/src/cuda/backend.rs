@@ -129,7 +129,7 @@ impl CudaBackend {
     }
 
     /// Waits for weights that are under way, and asks for arrays that wait to be copied: steps come after both.
-    fn ready(&mut self) -> Result<()> {
+    pub(super) fn ready(&mut self) -> Result<()> {
         self.finish_weights()?;
         let way = Way { stream: &self.stream, copy: &self.copy };
         Ok(self.inputs.flush(way)?)

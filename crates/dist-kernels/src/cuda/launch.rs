@@ -220,6 +220,7 @@ impl CudaBackend {
         }
         let reader = if self.is_recording { Reader::Graph } else { Reader::Launch };
         let rows = self.tell_sampling(args.rows, reader)?;
+        self.ready()?;
         let chunks = n_vocab.div_ceil(CHUNK);
         let (scratch, context, what) = (&mut self.scratch, &self.context, "scratch of sampling");
         let outgrown = &mut scratch.outgrown;
