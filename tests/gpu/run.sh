@@ -44,7 +44,7 @@ grep -E '^  (GPUs|  )' "$logs/doctor"
 while read -r name filter; do
     if [[ $what == sanitize ]]; then
         for tool in memcheck racecheck; do
-            run_one "$name, $tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes application-only \
+            run_one "$name, $tool" compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 --target-processes application-only \
                 "bin/$name" ${filter:+"$filter"} --test-threads 1
         done
     else

@@ -1,5 +1,8 @@
 //! Buffers and weights: where the bytes are, in which type and layout; no arithmetic.
 
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use dist_core::DType;
@@ -20,17 +23,35 @@ pub trait Buffer: std::fmt::Debug {
 
 /// Host bytes with shared ownership: a mapped file or a vector.
 #[derive(Clone)]
-pub struct HostBytes(Arc<dyn AsRef<[u8]> + Send + Sync>);
+pub struct HostBytes {
+    bytes: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    file: Option<Arc<File>>,
+}
 
 impl HostBytes {
     /// Shares `bytes`; nothing is copied.
     pub fn new(bytes: impl AsRef<[u8]> + Send + Sync + 'static) -> Self {
-        Self(Arc::new(bytes))
+        Self { bytes: Arc::new(bytes), file: None }
+    }
+
+    /// The same for the mapped bytes of all of `file`.
+    pub fn of_file(bytes: impl AsRef<[u8]> + Send + Sync + 'static, file: File) -> Self {
+        Self { bytes: Arc::new(bytes), file: Some(Arc::new(file)) }
     }
 
     /// The bytes.
     pub fn as_slice(&self) -> &[u8] {
-        self.0.as_ref().as_ref()
+        (*self.bytes).as_ref()
+    }
+
+    /// Copies the bytes from `at` on. Those of a file are read from it: pages that are used once are not worth mapping,
+    /// which takes a fault and a lock for each.
+    pub fn copy_to(&self, at: usize, dst: &mut [u8]) -> io::Result<()> {
+        if let Some(file) = &self.file {
+            return file.read_exact_at(dst, at as u64);
+        }
+        dst.copy_from_slice(&self.as_slice()[at..at + dst.len()]);
+        Ok(())
     }
 }
 

@@ -29,6 +29,16 @@ pub enum RunError {
     /// The device.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// The device, in the middle of a step.
+    #[error("step {step} failed on {rank}: {source}")]
+    Step {
+        /// Number of the step.
+        step: u64,
+        /// The rank whose device it is.
+        rank: Rank,
+        /// What the device says.
+        source: KernelError,
+    },
     /// Another rank, or the way to it.
     #[error(transparent)]
     Comm(#[from] CommError),
@@ -44,6 +54,16 @@ pub enum RunError {
         /// What was planned.
         limit: usize,
     },
+}
+
+impl RunError {
+    /// Of a step, if it is the device's.
+    fn at(self, step: u64, rank: Rank) -> Self {
+        match self {
+            Self::Kernel(source) => Self::Step { step, rank, source },
+            other => other,
+        }
+    }
 }
 
 /// A rank's groups, one a mesh axis.
@@ -64,6 +84,7 @@ pub struct Runner<B: Backend> {
     comms: Comms,
     backend: B,
     plan: Plan,
+    rank: Rank,
     n_vocab: usize,
     /// What was drawn last for each sequence slot.
     last: Vec<u32>,
@@ -114,6 +135,7 @@ impl<B: Backend> Runner<B> {
             decoder,
             comms,
             backend,
+            rank,
             n_vocab: config.n_vocab,
             last: vec![0; plan.limits.max_seqs],
             in_flight: VecDeque::new(),
@@ -190,7 +212,9 @@ impl<B: Backend> Runner<B> {
     /// Starts a step. Its output comes from [`collect`](Self::collect), in order of the submissions.
     pub fn submit(&mut self, batch: &StepBatch) -> Result<(), RunError> {
         self.check(batch)?;
-        let flight = self.timed(|runner| runner.start(batch))?;
+        let rank = self.rank;
+        let flight = self.timed(|runner| runner.start(batch));
+        let flight = flight.map_err(|error| error.at(batch.step, rank))?;
         self.in_flight.push_back(flight);
         Ok(())
     }
@@ -217,7 +241,9 @@ impl<B: Backend> Runner<B> {
         let drawn = match draws {
             Draws::Here(drawn) => drawn,
             Draws::Asked(fetch) => {
-                self.timed(|runner| Ok(arrive(&mut runner.backend, fetch, rows.len(), n_top)?))?
+                let rank = self.rank;
+                self.timed(|runner| Ok(arrive(&mut runner.backend, fetch, rows.len(), n_top)?))
+                    .map_err(|error| error.at(step, rank))?
             }
             Draws::Elsewhere if self.comms.pp.rank() != Rank(0) => return Ok(None),
             Draws::Elsewhere => {

@@ -53,6 +53,8 @@ pub struct CudaBackend {
     outputs: Outputs,
     /// `copy_pieces`.
     pub(super) copy: Rc<Kernel>,
+    /// What was launched last: an error that comes to light later is of it, or of what came before.
+    pub(super) last: Option<Rc<Kernel>>,
     /// Whether what is asked is recorded and not done.
     pub(super) is_recording: bool,
     /// Taken when the first weight comes.
@@ -118,6 +120,7 @@ impl CudaBackend {
             stream,
             inputs,
             outputs: Outputs::default(),
+            last: None,
             is_recording: false,
             weights: None,
             scratch: Scratch::default(),
@@ -157,6 +160,16 @@ impl CudaBackend {
             Some(staging) => Ok(staging.finish()?),
             None => Ok(()),
         }
+    }
+
+    /// An error of a kernel comes to light where somebody waits: says what may have been it.
+    fn after_launch<T>(&self, result: super::driver::Result<T>) -> Result<T> {
+        let error = match result {
+            Ok(value) => return Ok(value),
+            Err(error) => error,
+        };
+        let last = self.last.as_ref().map_or("a recorded step", |kernel| kernel.function.name());
+        Err(error.after(last).into())
     }
 
     /// The type that weights of `stored` have on the GPU.
@@ -218,7 +231,7 @@ impl Backend for CudaBackend {
             return Ok(());
         }
         self.ready()?;
-        Ok(self.stream.download(dst, &src.memory, at * src.dtype.bytes())?)
+        self.after_launch(self.stream.download(dst, &src.memory, at * src.dtype.bytes()))
     }
 
     fn fetch(&mut self, pieces: &[(&CudaBuf, usize)]) -> Result<CudaFetch> {
@@ -228,12 +241,13 @@ impl Backend for CudaBackend {
     }
 
     fn finish(&mut self, fetch: CudaFetch, dst: &mut [u8]) -> Result<()> {
-        Ok(self.outputs.finish(&fetch, dst)?)
+        let finished = self.outputs.finish(&fetch, dst);
+        self.after_launch(finished)
     }
 
     fn synchronize(&mut self) -> Result<()> {
         self.ready()?;
-        Ok(self.stream.synchronize()?)
+        self.after_launch(self.stream.synchronize())
     }
 
     fn raw<'a>(&mut self, buf: &'a mut CudaBuf, len: usize) -> RawBuf<'a> {
@@ -309,6 +323,7 @@ impl Backend for CudaBackend {
             self.tell_sampling(rows, Reader::Graph)?;
         }
         self.ready()?;
+        self.last = None;
         Ok(graph.launch(&self.stream)?)
     }
 

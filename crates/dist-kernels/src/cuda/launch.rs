@@ -3,6 +3,8 @@
 mod attention;
 mod linear;
 
+use std::rc::Rc;
+
 use bytemuck::Zeroable;
 use dist_core::DType;
 
@@ -10,8 +12,9 @@ use super::args::{AddBiasParams, Address, EmbedParams, EmbedTable, GatherParams,
 use super::backend::{CudaBackend, NAME, grown};
 use super::buf::CudaBuf;
 use super::choice;
-use super::driver::{DeviceMemory, Launch};
+use super::driver::{DeviceMemory, Launch, TensorMap};
 use super::inputs::Way;
+use super::loaded::Kernel;
 use super::sample::{CHUNK, Change, MAX_TOP, MAX_VOCAB, PARTIAL_BYTES, RowParams};
 use crate::args::{
     AddBiasArgs, AddBiasNormArgs, EmbedArgs, GatherRowsArgs, Lookup, Norm, Residual, SampleArgs, SampleRow,
@@ -80,7 +83,20 @@ impl CudaBackend {
     ) -> Result<()> {
         let kernel = self.kernels.get(unit, symbol)?;
         let launch = kernel.function.over(grid, threads);
-        Ok(kernel.function.launch(&self.stream, &launch, args, &[])?)
+        self.launch(kernel, &launch, args, &[])
+    }
+
+    /// Launches a kernel, and remembers which.
+    fn launch<A: Copy>(
+        &mut self,
+        kernel: Rc<Kernel>,
+        launch: &Launch,
+        args: &A,
+        maps: &[&TensorMap],
+    ) -> Result<()> {
+        kernel.function.launch(&self.stream, launch, args, maps)?;
+        self.last = Some(kernel);
+        Ok(())
     }
 
     pub(super) fn launch_embed(&mut self, args: &EmbedArgs<'_, Self>) -> Result<()> {
@@ -103,7 +119,7 @@ impl CudaBackend {
         // before the arrays are there, and this is the first to read them.
         let launch =
             Launch { overlaps: false, ..kernel.function.over([blocks, *rows as u32, 1], ROW_THREADS) };
-        Ok(kernel.function.launch(&self.stream, &launch, &params, &[])?)
+        self.launch(kernel, &launch, &params, &[])
     }
 
     pub(super) fn launch_norm(&mut self, args: &AddBiasNormArgs<'_, Self>) -> Result<()> {

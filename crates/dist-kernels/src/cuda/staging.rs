@@ -4,11 +4,12 @@
 
 use std::any::Any;
 use std::collections::VecDeque;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use super::driver::{Context, DeviceMemory, Event, PinnedMemory, Result, Stream};
+use super::driver::{Context, CudaError, DeviceMemory, Event, PinnedMemory, Result, Stream};
 
 /// How weights travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,13 +56,7 @@ impl Staging {
     /// Brings `n_bytes` to the bytes of `dst` from `at` on. `fill(from, buffer)` writes those from `from` on to a buffer;
     /// several threads call it at once. When this returns all bytes have been read, and the last are still on their way:
     /// see [`Self::finish`].
-    pub fn load(
-        &mut self,
-        dst: &mut DeviceMemory,
-        at: usize,
-        n_bytes: usize,
-        fill: &(dyn Fn(usize, &mut [u8]) + Sync),
-    ) -> Result<()> {
+    pub fn load(&mut self, dst: &mut DeviceMemory, at: usize, n_bytes: usize, fill: Fill<'_>) -> Result<()> {
         let mut load = Load { lane: &self.lane, dst, at };
         let buffers = self.pinned.bytes_mut().chunks_mut(self.options.chunk_bytes);
         carry(buffers.collect(), self.options.n_readers, n_bytes, fill, &mut load)
@@ -118,8 +113,17 @@ struct Job<'a> {
     bytes: &'a mut [u8],
     at: usize,
     n_bytes: usize,
-    /// What the reader panicked with.
-    panic: Option<Box<dyn Any + Send>>,
+    /// Why the reader could not fill it.
+    failed: Option<Failure>,
+}
+
+/// Writes the bytes from a place on to a buffer.
+type Fill<'a> = &'a (dyn Fn(usize, &mut [u8]) -> io::Result<()> + Sync);
+
+/// What became of a reader.
+enum Failure {
+    Panic(Box<dyn Any + Send>),
+    Read(io::Error),
 }
 
 /// Moves `n_bytes` through `buffers` into `sink`.
@@ -127,7 +131,7 @@ fn carry(
     buffers: Vec<&mut [u8]>,
     n_readers: usize,
     n_bytes: usize,
-    fill: &(dyn Fn(usize, &mut [u8]) + Sync),
+    fill: Fill<'_>,
     sink: &mut dyn Sink,
 ) -> Result<()> {
     let chunk_bytes = buffers[0].len();
@@ -148,17 +152,16 @@ fn carry(
 }
 
 /// A reader: fills buffers until there are no more jobs.
-fn read<'a>(
-    todo: &Mutex<Receiver<Job<'a>>>,
-    filled: &Sender<Job<'a>>,
-    fill: &(dyn Fn(usize, &mut [u8]) + Sync),
-) {
+fn read<'a>(todo: &Mutex<Receiver<Job<'a>>>, filled: &Sender<Job<'a>>, fill: Fill<'_>) {
     loop {
         // Nobody panics while it holds the lock.
         let job = todo.lock().map_or(None, |todo| todo.recv().ok());
         let Some(mut job) = job else { return };
         let filling = catch_unwind(AssertUnwindSafe(|| fill(job.at, &mut job.bytes[..job.n_bytes])));
-        job.panic = filling.err();
+        job.failed = match filling {
+            Ok(read) => read.err().map(Failure::Read),
+            Err(panic) => Some(Failure::Panic(panic)),
+        };
         if filled.send(job).is_err() {
             return;
         }
@@ -185,15 +188,19 @@ fn feed<'a>(
             let Some((buffer, bytes)) = leaving.pop_front() else { break };
             let n_bytes = bytes.len().min(n_bytes - at);
             // The readers end only when `jobs` is gone.
-            let sent = jobs.send(Job { buffer, bytes, at, n_bytes, panic: None });
+            let sent = jobs.send(Job { buffer, bytes, at, n_bytes, failed: None });
             assert!(sent.is_ok(), "readers wait for jobs");
             (at, n_out) = (at + n_bytes, n_out + 1);
         }
         let Ok(job) = done.recv() else { break };
         n_out -= 1;
-        if let Some(panic) = job.panic {
-            drop(jobs);
-            resume_unwind(panic);
+        match job.failed {
+            None => {}
+            Some(Failure::Read(error)) => return Err(CudaError::Unreadable { why: error.to_string() }),
+            Some(Failure::Panic(panic)) => {
+                drop(jobs);
+                resume_unwind(panic);
+            }
         }
         sink.fetch(job.buffer, job.at, &job.bytes[..job.n_bytes])?;
         leaving.push_back((job.buffer, job.bytes));

@@ -3,6 +3,7 @@
 //!
 //! The work is cut into pieces of bytes, so that several threads can fill one pinned buffer each.
 
+use std::io;
 use std::ops::Range;
 
 use dist_core::DType;
@@ -16,55 +17,64 @@ pub(super) fn row_elements(k: usize) -> usize {
 }
 
 /// Writes the bytes of the whole matrix from `from` on, as many as `dst` takes.
-pub(super) fn copy_bytes(weight: &HostWeight, from: usize, dtype: DType, dst: &mut [u8]) {
+pub(super) fn copy_bytes(weight: &HostWeight, from: usize, dtype: DType, dst: &mut [u8]) -> io::Result<()> {
     let row_bytes = row_elements(weight.k) * dtype.bytes();
     let (mut row, mut dst) = (from / row_bytes, dst);
     let mut line = Vec::new();
     // A row that began before, or ends later, is made whole beside.
     let mut part = |row: usize, at: usize, dst: &mut [u8]| {
         line.resize(row_bytes, 0);
-        copy_rows(weight, row..row + 1, dtype, &mut line);
+        copy_rows(weight, row..row + 1, dtype, &mut line)?;
         dst.copy_from_slice(&line[at..at + dst.len()]);
+        io::Result::Ok(())
     };
     let begun = from % row_bytes;
     if begun > 0 {
         let (first, rest) = dst.split_at_mut(dst.len().min(row_bytes - begun));
-        part(row, begun, first);
+        part(row, begun, first)?;
         (row, dst) = (row + 1, rest);
     }
     let n_rows = dst.len() / row_bytes;
     let (whole, last) = dst.split_at_mut(n_rows * row_bytes);
     if n_rows > 0 {
-        copy_rows(weight, row..row + n_rows, dtype, whole);
+        copy_rows(weight, row..row + n_rows, dtype, whole)?;
     }
     if !last.is_empty() {
-        part(row + n_rows, 0, last);
+        part(row + n_rows, 0, last)?;
     }
+    Ok(())
 }
 
 /// Writes rows `rows` of the whole weight, `row_elements(k)` elements each, to `dst` as `dtype`.
-fn copy_rows(weight: &HostWeight, rows: Range<usize>, dtype: DType, dst: &mut [u8]) {
+fn copy_rows(weight: &HostWeight, rows: Range<usize>, dtype: DType, dst: &mut [u8]) -> io::Result<()> {
     let mut first = 0;
     for part in &weight.parts {
         let (from, to) = (rows.start.max(first), rows.end.min(first + part.n));
         if from < to {
             let at = (from - rows.start) * row_elements(weight.k) * dtype.bytes();
-            copy_part(weight, part, from - first..to - first, dtype, &mut dst[at..]);
+            copy_part(weight, part, from - first..to - first, dtype, &mut dst[at..])?;
         }
         first += part.n;
     }
+    Ok(())
 }
 
-fn copy_part(weight: &HostWeight, part: &HostPart, rows: Range<usize>, dtype: DType, dst: &mut [u8]) {
-    let bytes = &part.bytes.as_slice()[part.offset..];
+fn copy_part(
+    weight: &HostWeight,
+    part: &HostPart,
+    rows: Range<usize>,
+    dtype: DType,
+    dst: &mut [u8],
+) -> io::Result<()> {
     let (k, ld) = (weight.k, row_elements(weight.k));
     let size = weight.dtype.bytes();
     match weight.layout {
         Layout::Nk if weight.dtype == dtype && part.ld == k && k == ld => {
             let range = rows.start * k * size..rows.end * k * size;
-            dst[..range.len()].copy_from_slice(&bytes[range]);
+            part.bytes.copy_to(part.offset + range.start, &mut dst[..range.len()])?;
         }
         Layout::Nk => {
+            let bytes = &part.bytes.as_slice()[part.offset..];
             for (row, out) in rows.zip(dst.chunks_exact_mut(ld * dtype.bytes())) {
                 let row = &bytes[row * part.ld * size..][..k * size];
                 let (values, rest) = out.split_at_mut(k * dtype.bytes());
@@ -72,8 +82,12 @@ fn copy_part(weight: &HostWeight, part: &HostPart, rows: Range<usize>, dtype: DT
                 rest.fill(0);
             }
         }
-        Layout::Kn => transpose(bytes, (weight.dtype, part.ld, k), rows, dtype, dst),
+        Layout::Kn => {
+            let bytes = &part.bytes.as_slice()[part.offset..];
+            transpose(bytes, (weight.dtype, part.ld, k), rows, dtype, dst);
+        }
     }
+    Ok(())
 }
 
 /// Columns of `[k, n]` as rows, a square at a time so that both sides stay in the cache.
@@ -146,7 +160,7 @@ mod tests {
         let second = HostPart { bytes: host(&[7.0, 8.0, 10.0]), offset: 0, n: 1, ld: 3 };
         let weight = HostWeight { parts: vec![first, second], dtype: DType::F32, layout: Layout::Nk, k: 3 };
         let mut dst = vec![0xff; 2 * 8 * 2];
-        copy_rows(&weight, 1..3, DType::BF16, &mut dst);
+        copy_rows(&weight, 1..3, DType::BF16, &mut dst).unwrap();
         let expected = [4.0, 5.0, 6.0, 0.0, 0.0, 0.0, 0.0, 0.0, 7.0, 8.0, 10.0, 0.0, 0.0, 0.0, 0.0, 0.0];
         assert_eq!(values(&dst), expected);
     }
@@ -159,11 +173,11 @@ mod tests {
             let part = HostPart { bytes: host(&stored), offset: 0, n, ld };
             let weight = HostWeight { parts: vec![part], dtype: DType::F32, layout, k };
             let mut whole = vec![0xff; n * 8 * 2];
-            copy_rows(&weight, 0..n, DType::BF16, &mut whole);
+            copy_rows(&weight, 0..n, DType::BF16, &mut whole).unwrap();
             for size in [1, 3, 15, 16, 17, 40, whole.len()] {
                 let mut pieces = vec![0xff; whole.len()];
                 for (i, piece) in pieces.chunks_mut(size).enumerate() {
-                    copy_bytes(&weight, i * size, DType::BF16, piece);
+                    copy_bytes(&weight, i * size, DType::BF16, piece).unwrap();
                 }
                 assert_eq!(pieces, whole, "{layout:?} by {size} bytes");
             }
@@ -178,7 +192,7 @@ mod tests {
         let part = HostPart { bytes: host(&stored), offset: 0, n, ld };
         let weight = HostWeight { parts: vec![part], dtype: DType::F32, layout: Layout::Kn, k };
         let mut dst = vec![0xff; 100 * 8 * 2];
-        copy_rows(&weight, 30..130, DType::BF16, &mut dst);
+        copy_rows(&weight, 30..130, DType::BF16, &mut dst).unwrap();
         for (row, found) in values(&dst).chunks(8).enumerate() {
             let expected: Vec<f32> =
                 (0..8).map(|i| if i < k { (row + 30 + i * 7) as f32 } else { 0.0 }).collect();

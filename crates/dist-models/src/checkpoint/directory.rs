@@ -148,7 +148,7 @@ fn open_tensors(
     file.read_exact(&mut header).map_err(cannot_read(&path))?;
     let tensors = header::parse(&name, &header, file_len)?;
     let storage = if options.mmap {
-        let bytes = HostBytes::new(map::file(&file).map_err(cannot_read(&path))?);
+        let bytes = HostBytes::of_file(map::file(&file).map_err(cannot_read(&path))?, file);
         let mapped = bytes.as_slice().len() as u64;
         if mapped < file_len {
             // Truncated between the two looks at it.

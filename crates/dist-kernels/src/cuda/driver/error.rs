@@ -57,6 +57,12 @@ pub enum CudaError {
         /// Bytes that were free.
         free: usize,
     },
+    /// Weights could not be read on their way to the GPU.
+    #[error("the weights cannot be read: {why}")]
+    Unreadable {
+        /// The system's word.
+        why: String,
+    },
     /// A module has no such kernel, or one that takes something else.
     #[error("{module} has no kernel {kernel}: {why}")]
     Kernel {
@@ -84,6 +90,17 @@ pub enum CudaError {
 }
 
 impl CudaError {
+    /// Of a call that waited: what was launched last before it.
+    pub(in crate::cuda) fn after(self, last: &str) -> Self {
+        match self {
+            Self::Call { call, what, name, meaning, status } => {
+                let what = format!("{what}; {last} was launched last");
+                Self::Call { call, what, name, meaning, status }
+            }
+            other => other,
+        }
+    }
+
     /// What to do about it, if that is known.
     pub fn help(&self) -> Option<String> {
         match self {
@@ -101,6 +118,9 @@ impl CudaError {
                 Some("take less at once (--max-seqs, --max-seq-len, --max-batch-tokens), or end other programs on the GPU (nvidia-smi)".to_owned())
             }
             Self::Call { status, .. } => help_of(*status).map(str::to_owned),
+            Self::Unreadable { .. } => {
+                Some("see whether the file is whole and its disk is well: dist-cli shard --verify".to_owned())
+            }
             Self::OtherGpu | Self::Kernel { .. } | Self::Kernels(CompileError::Refused { .. }) => None,
         }
     }
@@ -112,7 +132,9 @@ fn help_of(status: u32) -> Option<&'static str> {
         return Some("the GPU's memory is damaged: look with nvidia-smi -q -d ECC, and restart the machine");
     }
     if is(CUresult::CUDA_ERROR_ILLEGAL_ADDRESS) || is(CUresult::CUDA_ERROR_LAUNCH_FAILED) {
-        return Some("a kernel went wrong: run it again under compute-sanitizer, and report what it says");
+        return Some(
+            "a kernel went wrong: CUDA_LAUNCH_BLOCKING=1 shows which, compute-sanitizer why; please report both",
+        );
     }
     if is(CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU) || is(CUresult::CUDA_ERROR_INVALID_IMAGE) {
         return Some(

@@ -149,7 +149,7 @@ impl CudaBackend {
         let blocks = tiles.min(self.context.info().n_sms) as u32;
         // A group of four warps has 64 rows, and four more warps ask.
         let launch = kernel.function.over([blocks, 1, 1], 128 * (kernel.rows / 64 + 1));
-        Ok(kernel.function.launch(&self.stream, &launch, params, &[&queries, &keys, &values])?)
+        self.launch(kernel, &launch, params, &[&queries, &keys, &values])
     }
 
     fn attention_any(&mut self, args: &AttentionArgs<'_, Self>) -> Result<()> {

@@ -132,7 +132,7 @@ impl CudaBackend {
         let blocks = (choice.clusters * choice.cluster) as u32;
         let mut launch = kernel.function.over([blocks, 1, 1], THREADS);
         launch.cluster = choice.cluster as u32;
-        Ok(kernel.function.launch(&self.stream, &launch, &params, &[])?)
+        self.launch(kernel, &launch, &params, &[])
     }
 
     /// Many rows, or rows that are not aligned.
@@ -174,6 +174,6 @@ impl CudaBackend {
         let size = below * beside * choice.splits;
         let mut launch = kernel.function.over([(choice.clusters * size) as u32, 1, 1], GEMM_THREADS);
         launch.cluster = size as u32;
-        Ok(kernel.function.launch(&self.stream, &launch, &params, &[&x, &weight, &out])?)
+        self.launch(kernel, &launch, &params, &[&x, &weight, &out])
     }
 }

@@ -41,10 +41,12 @@ fn byte(at: usize) -> u8 {
     (at.wrapping_mul(2_654_435_761) >> 13) as u8
 }
 
-fn fill(from: usize, buffer: &mut [u8]) {
+#[expect(clippy::unnecessary_wraps, reason = "as a load wants it")]
+fn fill(from: usize, buffer: &mut [u8]) -> io::Result<()> {
     for (offset, to) in buffer.iter_mut().enumerate() {
         *to = byte(from + offset);
     }
+    Ok(())
 }
 
 #[test]
@@ -58,7 +60,7 @@ fn every_byte_arrives_and_no_buffer_is_filled_too_early() {
             let start = buffer.as_ptr() as usize;
             assert!(!busy.lock().unwrap().contains(&start), "it is still being taken");
             n_filled.fetch_add(buffer.len(), Ordering::Relaxed);
-            fill(from, buffer);
+            fill(from, buffer)
         };
         let mut sink =
             Slow { bytes: vec![0xee; n_bytes], busy: &busy, starts: vec![0; 2 * n_readers], n_asked: 0 };
@@ -76,10 +78,25 @@ fn a_reader_that_panics_ends_the_load() {
     let mut memory = [0; 4 * 16];
     let busy = Mutex::new(BTreeSet::new());
     let mut sink = Slow { bytes: vec![0; 1000], busy: &busy, starts: vec![0; 4], n_asked: 0 };
-    let bad = |from: usize, _: &mut [u8]| assert!(from < 500, "the file ends here");
+    let bad = |from: usize, _: &mut [u8]| {
+        assert!(from < 500, "the file ends here");
+        Ok(())
+    };
     let load = || carry(memory.chunks_mut(16).collect(), 2, 1000, &bad, &mut sink);
     let panic = catch_unwind(AssertUnwindSafe(load)).unwrap_err();
     assert_eq!(panic.downcast_ref::<&str>(), Some(&"the file ends here"));
+}
+
+#[test]
+fn bytes_that_cannot_be_read_end_the_load() {
+    let mut memory = [0; 4 * 16];
+    let busy = Mutex::new(BTreeSet::new());
+    let mut sink = Slow { bytes: vec![0; 1000], busy: &busy, starts: vec![0; 4], n_asked: 0 };
+    let short = |from: usize, _: &mut [u8]| {
+        if from < 500 { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    };
+    let error = carry(memory.chunks_mut(16).collect(), 2, 1000, &short, &mut sink).unwrap_err();
+    assert_eq!(error.to_string(), "the weights cannot be read: unexpected end of file");
 }
 
 #[test]

@@ -131,7 +131,7 @@ impl TensorFile {
         if !seal.mmap {
             return Ok(Storage::File(file));
         }
-        let bytes = HostBytes::new(map::file(&file).map_err(cannot_read)?);
+        let bytes = HostBytes::of_file(map::file(&file).map_err(cannot_read)?, file);
         if (bytes.as_slice().len() as u64) < expected {
             let error = io::Error::new(io::ErrorKind::UnexpectedEof, "the file shrank");
             return Err(cannot_read(error));
