@@ -171,6 +171,17 @@ pub(super) struct AddBiasParams {
     pub(super) padding: i32,
 }
 
+/// `ReadArgs` of `read.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub(super) struct ReadParams {
+    pub(super) from: Address,
+    pub(super) n: u64,
+    pub(super) found: Address,
+    pub(super) never: u32,
+    pub(super) padding: u32,
+}
+
 /// `SampleArgs` of `sample.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]

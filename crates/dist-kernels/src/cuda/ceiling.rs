@@ -2,18 +2,23 @@
 
 use dist_core::DType;
 
+use super::args::ReadParams;
 use super::backend::CudaBackend;
-use super::driver::Event;
+use super::buf::CudaBuf;
+use super::driver::{Event, Graph};
 use crate::args::{Epilogue, K_SEGMENTS, LinearArgs, Prologue, Then};
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::weight::{Layout, Weight, WeightPart};
+use crate::weight::{Buffer, Layout, Weight, WeightPart};
 
 /// Bytes of a copy: far beyond the L2 cache.
 const COPY_BYTES: usize = 1 << 30;
 /// Side of a product: what is larger is no faster.
 const SIDE: usize = 8192;
 const PASSES: usize = 5;
+/// Threads of `read_all`, and its blocks on a multiprocessor.
+const READ_THREADS: u32 = 512;
+const READ_BLOCKS: u32 = 4;
 
 impl CudaBackend {
     /// Bytes a second that a copy on the GPU reads and writes, and the bytes of a pass. It takes as much memory for
@@ -25,6 +30,44 @@ impl CudaBackend {
         let mut dst = self.context.alloc("a copy to measure", n_bytes)?;
         let ms = self.least_ms(|backend| Ok(backend.stream.copy(&mut dst, 0, &src, 0, n_bytes)?))?;
         Ok((2.0 * n_bytes as f64 / (f64::from(ms) / 1e3), 2 * n_bytes as u64))
+    }
+
+    /// Bytes a second that a kernel reads that does nothing else, and the bytes of a pass. It takes as much memory for
+    /// itself, less where less is free.
+    pub fn read_rate(&mut self) -> Result<(f64, u64)> {
+        let (free, _) = self.memory()?;
+        let n_bytes = COPY_BYTES.min(free / 2) / 16 * 16;
+        let memory = self.context.alloc("memory to read", n_bytes)?;
+        let found = self.context.alloc("memory to read", size_of::<u32>())?;
+        let (from, n, found) = (memory.address(), n_bytes as u64 / 16, found.address());
+        // All that is there are zeros.
+        let params = ReadParams { from, n, found, never: 1, padding: 0 };
+        let kernel = self.kernels.get("read", "read_all")?;
+        let blocks = READ_BLOCKS * self.context.info().n_sms as u32;
+        let launch = kernel.function.over([blocks, 1, 1], READ_THREADS);
+        let ms =
+            self.least_ms(|backend| Ok(kernel.function.launch(&backend.stream, &launch, &params, &[])?))?;
+        Ok((n_bytes as f64 / (f64::from(ms) / 1e3), n_bytes as u64))
+    }
+
+    /// Milliseconds that each of `n` replays takes on the GPU, after one that does not count.
+    pub fn time_replays(&mut self, graph: &Graph, n: usize) -> Result<Vec<f32>> {
+        self.replay(graph)?;
+        (0..n).map(|_| self.time(|backend| backend.replay(graph))).collect()
+    }
+
+    /// Fills `dst` with `pattern` over and over, beginning with its element `from`: a cheap way to numbers by the
+    /// gigabyte.
+    pub fn fill_from(&mut self, dst: &mut CudaBuf, pattern: &CudaBuf, from: usize) -> Result<()> {
+        assert!(dst.dtype == pattern.dtype && !pattern.is_empty(), "{} from {}", dst.dtype, pattern.dtype);
+        let size = dst.dtype.bytes();
+        let (mut at, mut from) = (0, from % pattern.len);
+        while at < dst.len {
+            let n = (dst.len - at).min(pattern.len - from);
+            self.stream.copy(&mut dst.memory, at * size, &pattern.memory, from * size, n * size)?;
+            (at, from) = (at + n, 0);
+        }
+        Ok(())
     }
 
     /// Multiplications and additions a second of a large product of `dtype`.
@@ -59,13 +102,18 @@ impl CudaBackend {
         work(self)?;
         let mut least = f32::INFINITY;
         for _ in 0..PASSES {
-            let [start, end]: [Event; 2] = [self.context.timed_event()?, self.context.timed_event()?];
-            self.stream.record(&start)?;
-            work(self)?;
-            self.stream.record(&end)?;
-            end.synchronize()?;
-            least = least.min(end.ms_since(&start)?);
+            least = least.min(self.time(&mut work)?);
         }
         Ok(least)
+    }
+
+    /// Milliseconds that the GPU takes for `work`.
+    fn time(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<f32> {
+        let [start, end]: [Event; 2] = [self.context.timed_event()?, self.context.timed_event()?];
+        self.stream.record(&start)?;
+        work(self)?;
+        self.stream.record(&end)?;
+        end.synchronize()?;
+        Ok(end.ms_since(&start)?)
     }
 }

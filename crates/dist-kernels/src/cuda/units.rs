@@ -138,6 +138,7 @@ pub const UNITS: &[Unit] = &[
     },
     Unit { name: "norm", files: &[source_file!("norm.cu")], variants: &[], archs: GENERAL },
     Unit { name: "rows", files: &[source_file!("rows.cu")], variants: &[], archs: GENERAL },
+    Unit { name: "read", files: &[source_file!("read.cu")], variants: &[], archs: GENERAL },
     Unit { name: "attention_any", files: &[source_file!("attention_any.cu")], variants: &[], archs: GENERAL },
     Unit {
         name: "sample",

@@ -1,0 +1,144 @@
+//! `linear` and `logits`: for few rows the weight is read, for many it is multiplied.
+
+use dist_core::DType;
+use dist_kernels::Backend;
+use dist_kernels::Result;
+use dist_kernels::args::{Epilogue, K_SEGMENTS, LinearArgs, LogitsArgs, Prologue, Then};
+use dist_kernels::cuda::{CudaBackend, CudaBuf};
+use dist_kernels::weight::Weight;
+use serde_json::json;
+
+use crate::gpu::{DTYPE, Gpu, median, n_launches, n_rotating};
+use crate::report::{Bar, Line, Report, Work};
+
+/// Widths of GPT-3.
+pub(crate) const MODELS: [(&str, usize); 3] = [("1.3b", 2048), ("6.7b", 4096), ("13b", 5120)];
+pub(crate) const N_VOCAB: usize = 50_257;
+const FEW_ROWS: [usize; 5] = [1, 8, 16, 32, 64];
+const MANY_ROWS: [usize; 6] = [128, 256, 512, 1024, 2048, 8192];
+/// Weights that are larger than this shall be read at the first rate, down to the next at the second one.
+const RATES: [(usize, f64); 2] = [(64_000_001, 2.9e12), (16_000_000, 2.6e12)];
+/// The least share of the library's speed with few rows, and with many.
+const LIBRARY_SHARES: (f64, f64) = (1.0, 0.9);
+
+#[derive(Clone, Copy)]
+struct Shape {
+    model: &'static str,
+    op: &'static str,
+    n: usize,
+    k: usize,
+}
+
+fn shapes() -> impl Iterator<Item = Shape> {
+    MODELS.into_iter().flat_map(|(model, d)| {
+        let ops =
+            [("qkv", 3 * d, d), ("proj", d, d), ("fc1", 4 * d, d), ("fc2", d, 4 * d), ("head", N_VOCAB, d)];
+        ops.into_iter().map(move |(op, n, k)| Shape { model, op, n, k })
+    })
+}
+
+impl Shape {
+    fn is_head(self) -> bool {
+        self.op == "head"
+    }
+
+    fn out_type(self) -> DType {
+        if self.is_head() { DType::F32 } else { DTYPE }
+    }
+
+    fn n_bytes(self) -> usize {
+        self.n * self.k * DTYPE.bytes()
+    }
+
+    fn name(self, rows: usize) -> String {
+        let Self { model, op, n, k } = self;
+        let few = if FEW_ROWS.contains(&rows) { "few" } else { "many" };
+        format!("linear/{few}/{model}/{op}/{n}x{k}/rows={rows}/")
+    }
+
+    /// What is to be reached with `rows` rows.
+    fn bars(self, rows: usize) -> Vec<Bar> {
+        if !FEW_ROWS.contains(&rows) {
+            return vec![Bar::Library(LIBRARY_SHARES.1)];
+        }
+        let rate = RATES.iter().find(|(least, _)| self.n_bytes() >= *least);
+        rate.map(|&(_, rate)| Bar::Rate(rate)).into_iter().chain([Bar::Library(LIBRARY_SHARES.0)]).collect()
+    }
+
+    fn work(self, rows: usize) -> Work {
+        if FEW_ROWS.contains(&rows) {
+            Work::Read(self.n_bytes())
+        } else {
+            Work::Multiply(2.0 * (rows * self.n * self.k) as f64)
+        }
+    }
+}
+
+/// A product and nothing else.
+pub(crate) fn plain<'a>(
+    out: &'a mut CudaBuf,
+    x: &'a CudaBuf,
+    weight: &'a Weight<CudaBuf>,
+    rows: usize,
+) -> LinearArgs<'a, CudaBackend> {
+    let epilogue = Epilogue { bias: None, then: Then::Store };
+    LinearArgs { out, x, weight, rows, k_segments: K_SEGMENTS, prologue: Prologue::None, epilogue }
+}
+
+/// Memory of a product with as many rows as any case of its shape has.
+struct Operands {
+    x: CudaBuf,
+    weights: Vec<Weight<CudaBuf>>,
+    out: CudaBuf,
+}
+
+impl Operands {
+    fn new(gpu: &mut Gpu, shape: Shape, rows_max: usize) -> Result<Self> {
+        let weights = (0..n_rotating(shape.n_bytes())).map(|_| gpu.weight(shape.n, shape.k));
+        let weights = weights.collect::<Result<_>>()?;
+        let x = gpu.activations(rows_max * shape.k)?;
+        let out = gpu.output(shape.out_type(), rows_max * shape.n)?;
+        Ok(Self { x, weights, out })
+    }
+
+    /// Seconds of one product.
+    fn time(&mut self, backend: &mut CudaBackend, shape: Shape, rows: usize) -> Result<f64> {
+        let Self { x, weights, out } = self;
+        let flop = 2.0 * (rows * shape.n * shape.k) as f64;
+        let n = n_launches(shape.n_bytes(), flop, weights.len());
+        median(backend, n, |backend, idx| {
+            let weight = &weights[idx % weights.len()];
+            if shape.is_head() {
+                return backend.logits(LogitsArgs { out, x, head: weight, rows });
+            }
+            backend.linear(plain(out, x, weight, rows))
+        })
+    }
+}
+
+pub(crate) fn run(gpu: &mut Gpu, takes: &dyn Fn(&str) -> bool, report: &mut Report) -> Result<()> {
+    for shape in shapes() {
+        let rows = FEW_ROWS.into_iter().chain(MANY_ROWS).filter(|&rows| takes(&shape.name(rows)));
+        let rows: Vec<usize> = rows.collect();
+        let Some(&rows_max) = rows.iter().max() else { continue };
+        let mut operands = Operands::new(gpu, shape, rows_max)?;
+        for rows in rows {
+            let seconds = operands.time(&mut gpu.backend, shape, rows)?;
+            let beside = gpu.others.iter_mut().map(|column| {
+                let seconds = operands.time(&mut column.backend, shape, rows)?;
+                Ok((column.name, seconds))
+            });
+            let beside = beside.collect::<Result<_>>()?;
+            let Shape { model, op, n, k } = shape;
+            report.push(Line {
+                name: shape.name(rows),
+                shape: json!({ "op": op, "model": model, "rows": rows, "n": n, "k": k }),
+                seconds,
+                work: shape.work(rows),
+                beside,
+                bars: shape.bars(rows),
+            });
+        }
+    }
+    Ok(())
+}
