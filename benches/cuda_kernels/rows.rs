@@ -7,7 +7,7 @@ use dist_kernels::Backend;
 use dist_kernels::Result;
 use dist_kernels::args::{AddBiasNormArgs, EmbedArgs, Lookup, Norm, Residual, SampleArgs, SampleRow};
 use dist_kernels::cuda::CudaBuf;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::gpu::{Gpu, median, n_rotating};
 use crate::linear::{MODELS, N_VOCAB};
@@ -20,8 +20,7 @@ const SAMPLED_ROWS: usize = 64;
 /// Bytes that the arrays of a step pass through before the other half of that memory is taken.
 const INPUT_BYTES: usize = 1 << 20;
 
-fn line(name: String, op: &str, (rows, d): (usize, usize), seconds: f64) -> Line {
-    let shape = json!({ "op": op, "rows": rows, "d": d });
+fn line(name: String, shape: Value, seconds: f64) -> Line {
     Line { name, shape, seconds, work: Work::Latency, beside: vec![], bars: vec![] }
 }
 
@@ -132,18 +131,21 @@ pub(crate) fn run(gpu: &mut Gpu, takes: &dyn Fn(&str) -> bool, report: &mut Repo
         for rows in ROWS {
             let name = format!("rows/add_bias_norm/{model}/{rows}x{d}/");
             if takes(&name) {
-                report.push(line(name, "add_bias_norm", (rows, d), norm(gpu, rows, d)?));
+                let shape = json!({ "op": "add_bias_norm", "rows": rows, "d": d });
+                report.push(line(name, shape, norm(gpu, rows, d)?));
             }
             let name = format!("rows/embed/{model}/{rows}x{d}/");
             if takes(&name) {
-                report.push(line(name, "embed", (rows, d), embed(gpu, rows, d)?));
+                let shape = json!({ "op": "embed", "rows": rows, "d": d });
+                report.push(line(name, shape, embed(gpu, rows, d)?));
             }
         }
     }
     for (what, row) in samplings() {
         let name = format!("rows/sample/{what}/{SAMPLED_ROWS}x{N_VOCAB}/");
         if takes(&name) {
-            report.push(line(name, what, (SAMPLED_ROWS, N_VOCAB), sample(gpu, &row)?));
+            let shape = json!({ "op": "sample", "how": what, "rows": SAMPLED_ROWS, "n_vocab": N_VOCAB });
+            report.push(line(name, shape, sample(gpu, &row)?));
         }
     }
     Ok(())

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds what runs on a machine with a GPU and without Rust, and collects it in carry/, which git ignores: the release
-# binary, the tests and benches of GPUs, and run.sh, which runs them there. Nothing of CUDA is needed here.
+# binary, the tests and benches of GPUs, run.sh, which runs them there, and record_gpu.sh, which measures for the record.
+# Nothing of CUDA is needed here.
 #
 # A test or bench is one of GPUs if its name begins with cuda_; of dist-kernels' own tests those under cuda:: are.
 set -euo pipefail
@@ -48,7 +49,9 @@ while read -r name path; do
         take "bench_$name" "$path"
         echo "bench_$name" >>"$out/benches.txt"
     fi
-done < <(executables bench cargo bench --locked -p dist-kernels)
+done < <(executables bench cargo bench --locked -p dist-kernels --bench 'cuda_*')
 
-cp tests/gpu/run.sh "$out/run.sh"
+cp tests/gpu/run.sh benches/record_gpu.sh "$out/"
+# There is no repository there; results name the commit all the same.
+git describe --always --dirty --abbrev=12 --exclude '*' >"$out/commit"
 du -sh "$out"
