@@ -10,12 +10,24 @@ use serde_json::json;
 use crate::gpu::{DTYPE, Gpu, median, n_launches, n_rotating};
 use crate::report::{Bar, Line, Report, Work};
 
-/// Positions of a block of the engine's cache.
+/// Positions of a block of the engine's cache, and of blocks that are as good as one.
 const PAGE: usize = 16;
+const LONG_BLOCK: usize = 128;
 /// How much longer prefill may take over pages.
 const PAGED_MAX: f64 = 1.1;
 /// From so many bytes of keys and values on, decoding shall read at this rate.
 const DECODE_RATE: (usize, f64) = (128_000_000, 2.9e12);
+
+/// Where the keys and values of a sequence are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pages {
+    /// In long blocks in order.
+    Contiguous,
+    /// In the engine's blocks, in order.
+    Paged,
+    /// In the engine's blocks, each far from the next one, as in a cache that has lived long.
+    Shuffled,
+}
 
 /// `batch` sequences with the last `rows` rows of `context` tokens each.
 #[derive(Clone, Copy)]
@@ -26,23 +38,31 @@ struct Case {
     n_heads: usize,
     n_kv_heads: usize,
     d_head: usize,
-    block_size: usize,
+    pages: Pages,
 }
 
 impl Case {
     fn decode(batch: usize, context: usize, (n_heads, n_kv_heads): (usize, usize), d_head: usize) -> Self {
-        Self { batch, rows: 1, context, n_heads, n_kv_heads, d_head, block_size: PAGE }
+        Self { batch, rows: 1, context, n_heads, n_kv_heads, d_head, pages: Pages::Shuffled }
     }
 
-    /// Keys and values of a sequence side by side in one block.
     fn prefill(batch: usize, context: usize, n_heads: usize, d_head: usize) -> Self {
-        Self { batch, rows: context, context, n_heads, n_kv_heads: n_heads, d_head, block_size: context }
+        let pages = Pages::Contiguous;
+        Self { batch, rows: context, context, n_heads, n_kv_heads: n_heads, d_head, pages }
+    }
+
+    fn block_size(self) -> usize {
+        if self.pages == Pages::Contiguous { LONG_BLOCK } else { PAGE }
     }
 
     fn name(self) -> String {
-        let Self { batch, rows, context, n_heads, n_kv_heads, d_head, block_size } = self;
+        let Self { batch, rows, context, n_heads, n_kv_heads, d_head, pages } = self;
         let phase = if rows == 1 { "decode" } else { "prefill" };
-        let pages = if block_size == PAGE { "paged" } else { "contiguous" };
+        let pages = match pages {
+            Pages::Contiguous => "contiguous",
+            Pages::Paged => "paged",
+            Pages::Shuffled => "shuffled",
+        };
         format!("attention/{phase}/{n_heads}:{n_kv_heads}x{d_head}/{batch}x{context}/{pages}/")
     }
 
@@ -67,15 +87,15 @@ impl Case {
             n_kv_heads_local: self.n_kv_heads,
             d_head: self.d_head,
             dtype: DTYPE,
-            block_size: self.block_size,
+            block_size: self.block_size(),
         }
     }
 
-    /// Block numbers of all sequences. Pages are dealt far apart, as those of a long-lived cache are.
+    /// Block numbers of all sequences.
     fn block_tables(self) -> Vec<u32> {
-        let n_blocks = self.batch * self.context.div_ceil(self.block_size);
+        let n_blocks = self.batch * self.context.div_ceil(self.block_size());
         // A prime that divides no number of blocks here: every block comes once.
-        let stride = if self.block_size == PAGE { 7919 } else { 1 };
+        let stride = if self.pages == Pages::Shuffled { 7919 } else { 1 };
         (0..n_blocks).map(|idx| (idx * stride % n_blocks) as u32).collect()
     }
 }
@@ -104,7 +124,7 @@ fn decodes() -> Vec<(Case, Option<f64>)> {
 
 /// Seconds of one step.
 fn time(gpu: &mut Gpu, case: Case) -> Result<f64> {
-    let Case { batch, rows, context, n_heads, n_kv_heads, d_head, block_size } = case;
+    let Case { batch, rows, context, n_heads, n_kv_heads, d_head, .. } = case;
     let len = case.n_bytes() / 2 / DTYPE.bytes();
     let layers = (0..n_rotating(case.n_bytes()))
         .map(|_| Ok(KvLayer { k: gpu.activations(len)?, v: gpu.activations(len)? }))
@@ -132,14 +152,14 @@ fn time(gpu: &mut Gpu, case: Case) -> Result<f64> {
                 q_offsets: &q_offsets,
                 context_lens: &context_lens,
                 block_tables: &block_tables,
-                max_blocks: context.div_ceil(block_size),
+                max_blocks: context.div_ceil(case.block_size()),
             },
         })
     })
 }
 
 fn line(case: Case, seconds: f64, bars: Vec<Bar>) -> Line {
-    let Case { batch, rows, context, n_heads, n_kv_heads, d_head, block_size } = case;
+    let Case { batch, rows, context, n_heads, n_kv_heads, d_head, .. } = case;
     let shape = json!({
         "op": "attention",
         "batch": batch,
@@ -148,21 +168,22 @@ fn line(case: Case, seconds: f64, bars: Vec<Bar>) -> Line {
         "n_heads": n_heads,
         "n_kv_heads": n_kv_heads,
         "d_head": d_head,
-        "block_size": block_size,
+        "block_size": case.block_size(),
+        "blocks_in_order": case.pages != Pages::Shuffled,
     });
     Line { name: case.name(), shape, seconds, work: case.work(), beside: vec![], bars }
 }
 
 pub(crate) fn run(gpu: &mut Gpu, takes: &dyn Fn(&str) -> bool, report: &mut Report) -> Result<()> {
     for (case, least) in prefills() {
-        let paged = Case { block_size: PAGE, ..case };
-        // The one is held against the other, so both run.
-        if takes(&case.name()) || takes(&paged.name()) {
+        let paged = [Pages::Paged, Pages::Shuffled].map(|pages| Case { pages, ..case });
+        // The one is held against the others, so all run.
+        if takes(&case.name()) || paged.iter().any(|case| takes(&case.name())) {
             let seconds = time(gpu, case)?;
             report.push(line(case, seconds, vec![Bar::Rate(least)]));
-            let most = Bar::Seconds(seconds * PAGED_MAX);
-            let seconds = time(gpu, paged)?;
-            report.push(line(paged, seconds, vec![most]));
+            for paged in paged {
+                report.push(line(paged, time(gpu, paged)?, vec![Bar::Seconds(seconds * PAGED_MAX)]));
+            }
         }
     }
     for (case, most) in decodes().into_iter().filter(|(case, _)| takes(&case.name())) {

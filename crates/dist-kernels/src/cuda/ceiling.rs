@@ -16,9 +16,12 @@ const COPY_BYTES: usize = 1 << 30;
 /// Side of a product: what is larger is no faster.
 const SIDE: usize = 8192;
 const PASSES: usize = 5;
-/// Threads of `read_all`, and its blocks on a multiprocessor.
+/// Bytes of a pass that only reads: enough that its beginning and end do not count.
+const READ_BYTES: usize = 4 << 30;
+/// Threads of `read_all`, its blocks on a multiprocessor, and bytes that a block takes at a time.
 const READ_THREADS: u32 = 512;
 const READ_BLOCKS: u32 = 4;
+const READ_CHUNK: usize = 64 << 10;
 
 impl CudaBackend {
     /// Bytes a second that a copy on the GPU reads and writes, and the bytes of a pass. It takes as much memory for
@@ -36,14 +39,16 @@ impl CudaBackend {
     /// itself, less where less is free.
     pub fn read_rate(&mut self) -> Result<(f64, u64)> {
         let (free, _) = self.memory()?;
-        let n_bytes = COPY_BYTES.min(free / 2) / 16 * 16;
+        let blocks = READ_BLOCKS * self.context.info().n_sms as u32;
+        // As much for each block.
+        let round = blocks as usize * READ_CHUNK;
+        let n_bytes = READ_BYTES.min(free / 2) / round * round;
         let memory = self.context.alloc("memory to read", n_bytes)?;
         let found = self.context.alloc("memory to read", size_of::<u32>())?;
         let (from, n, found) = (memory.address(), n_bytes as u64 / 16, found.address());
         // All that is there are zeros.
         let params = ReadParams { from, n, found, never: 1, padding: 0 };
         let kernel = self.kernels.get("read", "read_all")?;
-        let blocks = READ_BLOCKS * self.context.info().n_sms as u32;
         let launch = kernel.function.over([blocks, 1, 1], READ_THREADS);
         let ms =
             self.least_ms(|backend| Ok(kernel.function.launch(&backend.stream, &launch, &params, &[])?))?;
