@@ -1,6 +1,6 @@
 // read_all: reads memory and does nothing with it. Bound by memory: what every kernel that reads is held against.
 //
-// Layout: `n` pieces of 16 bytes, aligned.
+// Layout: `n` pieces of 16 bytes, aligned; n a multiple of 4,096.
 //
 // Launch: any grid, 512 threads; a block takes 64 KiB at a time, so that all blocks together read one long run.
 
@@ -20,10 +20,7 @@ KERNEL __launch_bounds__(512) read_all(const __grid_constant__ ReadArgs args) {
     for (u64 at = (u64)blockIdx.x * 512 * AT_ONCE + threadIdx.x; at < args.n; at += step) {
         uint4 part[AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            u64 mine = at + i * 512;
-            part[i] = mine < args.n ? __ldcs(args.from + mine) : make_uint4(0, 0, 0, 0);
-        }
+        for (int i = 0; i < AT_ONCE; i++) part[i] = __ldcs(args.from + at + i * 512);
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) bits ^= part[i].x ^ part[i].y ^ part[i].z ^ part[i].w;
     }
