@@ -6,24 +6,29 @@
 //! check; launches and asynchronous copies are therefore private to this crate, whose ops make them from buffers that
 //! they hold.
 
+mod blas;
 mod device;
 mod error;
 mod graph;
 mod launch;
 mod memory;
 mod module;
+mod product;
 mod stream;
 mod tensor_map;
 
 #[cfg(test)]
 mod tests;
 
+pub use blas::{Algo, Blas, Product};
 pub use device::{Context, DeviceInfo, Driver};
 pub use error::CudaError;
 pub use graph::Graph;
 pub use launch::Launch;
 pub use memory::{DeviceMemory, PinnedMemory};
 pub use module::{Function, Module};
+pub(crate) use product::Operands;
+pub use product::{EpilogueKind, ProductShape};
 pub use stream::{Event, Stream};
 pub use tensor_map::{CacheMapSpec, TensorMap, TensorMapSpec};
 

@@ -73,6 +73,16 @@ pub enum CudaError {
         /// What is wrong.
         why: String,
     },
+    /// A call of cuBLASLt failed.
+    #[error("{call} failed for {what}: {status}")]
+    Blas {
+        /// The library's function.
+        call: &'static str,
+        /// What it was about.
+        what: String,
+        /// The library's name of the error.
+        status: String,
+    },
     /// A call failed.
     #[error("{call} failed for {what}: {name} ({meaning})")]
     Call {
@@ -121,7 +131,10 @@ impl CudaError {
             Self::Unreadable { .. } => {
                 Some("see whether the file is whole and its disk is well: dist-cli shard --verify".to_owned())
             }
-            Self::OtherGpu | Self::Kernel { .. } | Self::Kernels(CompileError::Refused { .. }) => None,
+            Self::OtherGpu
+            | Self::Kernel { .. }
+            | Self::Blas { .. }
+            | Self::Kernels(CompileError::Refused { .. }) => None,
         }
     }
 }

@@ -1,0 +1,89 @@
+//! What a matrix product is, whoever computes it.
+
+use dist_core::{Activation, DType};
+use serde::{Deserialize, Serialize};
+
+/// What happens to sums on their way out, as far as the library can do it: the bias, then the function. Its GELU is the
+/// one with the tangent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EpilogueKind {
+    /// Nothing.
+    None,
+    /// A bias.
+    Bias,
+    /// ReLU.
+    Relu,
+    /// A bias, then ReLU.
+    BiasRelu,
+    /// GELU.
+    Gelu,
+    /// A bias, then GELU.
+    BiasGelu,
+}
+
+impl EpilogueKind {
+    /// That of a product with or without a bias and with a function; `None` where the library has none such.
+    pub fn of(has_bias: bool, function: Option<Activation>) -> Option<Self> {
+        match (has_bias, function) {
+            (false, None) => Some(Self::None),
+            (true, None) => Some(Self::Bias),
+            (false, Some(Activation::Relu)) => Some(Self::Relu),
+            (true, Some(Activation::Relu)) => Some(Self::BiasRelu),
+            (false, Some(Activation::GeluTanh)) => Some(Self::Gelu),
+            (true, Some(Activation::GeluTanh)) => Some(Self::BiasGelu),
+            (_, Some(Activation::GeluErf)) => None,
+        }
+    }
+
+    /// Its function.
+    pub fn function(self) -> Option<Activation> {
+        match self {
+            Self::None | Self::Bias => None,
+            Self::Relu | Self::BiasRelu => Some(Activation::Relu),
+            Self::Gelu | Self::BiasGelu => Some(Activation::GeluTanh),
+        }
+    }
+
+    /// Whether it adds a bias.
+    pub fn has_bias(self) -> bool {
+        matches!(self, Self::Bias | Self::BiasRelu | Self::BiasGelu)
+    }
+}
+
+/// A product, whatever its rows are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ProductShape {
+    /// Outputs.
+    pub n: usize,
+    /// Inputs.
+    pub k: usize,
+    /// Elements from one row of the weight to the next.
+    pub ld: usize,
+    /// Type of inputs and weight: bf16 or f16.
+    pub dtype: DType,
+    /// Whether outputs are f32; they have the type of the inputs otherwise.
+    pub out_f32: bool,
+    /// On the way out.
+    pub epilogue: EpilogueKind,
+}
+
+/// Device addresses of a product.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Operands {
+    pub(crate) out: u64,
+    pub(crate) x: u64,
+    pub(crate) weight: u64,
+    /// Zero: none.
+    pub(crate) bias: u64,
+}
+
+/// Alignment of operands that cuBLASLt takes for granted when it offers algorithms.
+const ALIGNMENT: u64 = 256;
+
+impl Operands {
+    /// Whether the library's algorithms may be run on them.
+    pub(crate) fn are_aligned(&self) -> bool {
+        [self.out, self.x, self.weight, self.bias].iter().all(|address| address % ALIGNMENT == 0)
+    }
+}
