@@ -17,6 +17,7 @@ pub mod libraries;
 mod loaded;
 pub mod nvrtc;
 mod outputs;
+pub mod plans;
 mod sample;
 pub mod staging;
 pub mod units;

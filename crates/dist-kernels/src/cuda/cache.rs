@@ -95,7 +95,7 @@ impl KernelCache {
             compiler: compiler.version(),
             origin: Origin::Compiled(path.clone()),
         };
-        if let Err(error) = self.write(&path, &cubin) {
+        if let Err(error) = encode(&cubin).and_then(|entry| write_beside(&path, &entry)) {
             let why = format!("{}: {error}", path.display());
             tracing::warn!("compiled kernels cannot be stored: {why}");
             cubin.origin = Origin::NotStored(why);
@@ -137,20 +137,23 @@ impl KernelCache {
         found.sort();
         found.into_iter().rev().map(|(_, path)| path).collect()
     }
+}
 
-    fn write(&self, path: &Path, cubin: &Cubin) -> io::Result<()> {
-        // Threads of one process may write the same entry too.
-        static WRITES: AtomicU64 = AtomicU64::new(0);
-        fs::create_dir_all(&self.dir)?;
-        let write = WRITES.fetch_add(1, Ordering::Relaxed);
-        let beside = path.with_extension(format!("{}-{write}.part", std::process::id()));
-        let written = write_all(&beside, &encode(cubin)?).and_then(|()| fs::rename(&beside, path));
-        if written.is_err() {
-            // What is left is of no use; that it cannot be removed is told by the error itself.
-            let _ = fs::remove_file(&beside);
-        }
-        written
+/// Writes a file beside its place and renames it, so that nobody reads half of it.
+pub(super) fn write_beside(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    // Threads of one process may write the same file too.
+    static WRITES: AtomicU64 = AtomicU64::new(0);
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir)?;
     }
+    let write = WRITES.fetch_add(1, Ordering::Relaxed);
+    let beside = path.with_extension(format!("{}-{write}.part", std::process::id()));
+    let written = write_all(&beside, bytes).and_then(|()| fs::rename(&beside, path));
+    if written.is_err() {
+        // What is left is of no use; that it cannot be removed is told by the error itself.
+        let _ = fs::remove_file(&beside);
+    }
+    written
 }
 
 fn write_all(path: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -170,7 +173,7 @@ fn stem(program: &Program) -> String {
     format!("{}-{}-{}", program.unit, program.arch, &hex(&hash.finalize())[..32])
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(super) fn hex(bytes: &[u8]) -> String {
     bytes
         .iter()
         .flat_map(|byte| [byte >> 4, byte & 15])
