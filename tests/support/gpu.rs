@@ -10,7 +10,7 @@ use dist_kernels::cuda::cache::KernelCache;
 use dist_kernels::cuda::driver::CudaError;
 use dist_kernels::cuda::libraries::{Libraries, LibraryDirs};
 use dist_kernels::cuda::staging::StagingOptions;
-use dist_kernels::cuda::{CudaBackend, CudaOptions};
+use dist_kernels::cuda::{CudaBackend, CudaOptions, GemmChoice};
 
 /// The GPU; without one, says that `test` is skipped.
 pub(crate) fn gpu(test: &str) -> Option<CudaBackend> {
@@ -26,6 +26,7 @@ pub(crate) fn gpu(test: &str) -> Option<CudaBackend> {
         ordinal: 0,
         cast: Some(DType::BF16),
         staging: StagingOptions { n_readers: 2, chunk_bytes: 1 << 20 },
+        gemm: GemmChoice::Measured,
     };
     match CudaBackend::new(options) {
         Ok(backend) => return Some(backend),

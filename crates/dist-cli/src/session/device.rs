@@ -6,7 +6,7 @@ use std::time::Duration;
 use dist_core::{DType, DeviceKind};
 use dist_kernels::cpu::{CpuBackend, CpuOptions};
 use dist_kernels::cuda::staging::StagingOptions;
-use dist_kernels::cuda::{CudaBackend, CudaOptions};
+use dist_kernels::cuda::{CudaBackend, CudaOptions, GemmChoice};
 use dist_kernels::{Backend, KernelError};
 
 use super::DeviceReport;
@@ -68,6 +68,7 @@ impl Device for CudaBackend {
             ordinal: request.ordinal,
             cast: request.cast,
             staging: StagingOptions::of_cores(request.threads),
+            gemm: GemmChoice::Measured,
         };
         let backend = Self::new(options).map_err(gpu_problem)?;
         let name = backend.describe().name.clone();

@@ -11,6 +11,7 @@ use super::cache::KernelCache;
 use super::driver::{Context, DeviceInfo, DeviceMemory, Driver, Graph, Stream};
 use super::inputs::{Inputs, Way};
 use super::launch::{ROWS_BYTES, Reader};
+use super::gemms::{GemmChoice, Gemms};
 use super::libraries::Libraries;
 use super::loaded::{Kernel, Kernels};
 use super::outputs::{CudaFetch, Outputs};
@@ -42,6 +43,8 @@ pub struct CudaOptions {
     pub cast: Option<DType>,
     /// How weights travel.
     pub staging: StagingOptions,
+    /// What multiplies many rows.
+    pub gemm: GemmChoice,
 }
 
 /// The backend that runs on one NVIDIA GPU. It belongs to the thread that made it.
@@ -57,6 +60,7 @@ pub struct CudaBackend {
     pub(super) last: Option<Rc<Kernel>>,
     /// Whether what is asked is recorded and not done.
     pub(super) is_recording: bool,
+    pub(super) gemms: Gemms,
     /// Taken when the first weight comes.
     weights: Option<Staging>,
     pub(super) scratch: Scratch,
@@ -105,7 +109,7 @@ pub(super) fn grown<'a>(
 impl CudaBackend {
     /// Opens the driver and takes a GPU for this thread.
     pub fn new(options: CudaOptions) -> Result<Self> {
-        let CudaOptions { libraries, cache, ordinal, cast, staging } = options;
+        let CudaOptions { libraries, cache, ordinal, cast, staging, gemm } = options;
         if let Some(dtype) = cast.filter(|&dtype| !is_native(dtype)) {
             return Err(KernelError::WeightType { backend: NAME, dtype });
         }
@@ -113,12 +117,14 @@ impl CudaBackend {
         let context = Context::new(&driver, ordinal)?;
         let stream = Rc::new(context.stream()?);
         let inputs = Inputs::new(&context, INPUT_BYTES)?;
+        let gemms = Gemms::new(gemm, &context, (&libraries, &driver), cache.dir());
         let mut kernels = Kernels::new(context.clone(), libraries, cache);
         Ok(Self {
             copy: kernels.get("rows", "copy_pieces")?,
             kernels,
             stream,
             inputs,
+            gemms,
             outputs: Outputs::default(),
             last: None,
             is_recording: false,
@@ -152,6 +158,11 @@ impl CudaBackend {
     /// Bytes of the GPU's memory that are free, and all.
     pub fn memory(&self) -> Result<(usize, usize)> {
         Ok(self.context.memory()?)
+    }
+
+    /// How many products of many rows cuBLASLt has computed; own kernels have computed the others.
+    pub fn n_products_of_library(&self) -> u64 {
+        self.gemms.n_computed()
     }
 
     /// Waits for the last weights, which come on a stream of their own, and gives their buffers back.

@@ -20,7 +20,7 @@ mod tensor_map;
 #[cfg(test)]
 mod tests;
 
-pub use blas::{Algo, Blas, Product};
+pub use blas::{Algo, Blas, BlasProduct};
 pub use device::{Context, DeviceInfo, Driver};
 pub use error::CudaError;
 pub use graph::Graph;

@@ -180,7 +180,7 @@ impl PlanCache {
         self.plans.is_empty()
     }
 
-    /// Takes a plan in; where a file would grow too long, older ones go.
+    /// Takes a plan in; where the file would grow too long, the others go.
     pub fn insert(&mut self, key: PlanKey, plan: Plan) {
         if self.plans.len() >= PLANS_MAX && !self.plans.contains_key(&key) {
             self.plans.clear();

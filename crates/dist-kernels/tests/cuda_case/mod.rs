@@ -16,7 +16,7 @@ use dist_kernels::cuda::cache::KernelCache;
 use dist_kernels::cuda::driver::CudaError;
 use dist_kernels::cuda::libraries::{Libraries, LibraryDirs};
 use dist_kernels::cuda::staging::StagingOptions;
-use dist_kernels::cuda::{CudaBackend, CudaOptions};
+use dist_kernels::cuda::{CudaBackend, CudaOptions, GemmChoice};
 use dist_kernels::weight::{Buffer, HostBytes, HostPart, HostWeight, Layout, Weight};
 use dist_kernels::{Backend, KernelError};
 use half::{bf16, f16};
@@ -34,6 +34,7 @@ pub(crate) fn options(cast: Option<DType>) -> CudaOptions {
         ordinal: 0,
         cast,
         staging: StagingOptions { n_readers: 2, chunk_bytes: 1 << 20 },
+        gemm: GemmChoice::Measured,
     }
 }
 

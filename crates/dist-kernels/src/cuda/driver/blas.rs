@@ -103,11 +103,11 @@ impl Blas {
     }
 
     /// Prepares a product: what of it does not depend on its rows.
-    pub fn product(&self, shape: &ProductShape) -> Result<Product> {
+    pub fn product(&self, shape: &ProductShape) -> Result<BlasProduct> {
         let input = data_type(shape.dtype);
         let output = if shape.out_f32 { DataType::CUDA_R_32F } else { input };
         let (n, k) = (shape.n as u64, shape.k as u64);
-        let product = Product {
+        let product = BlasProduct {
             weight: Layout::new(input, (k, n), shape.ld)?,
             x: Layout::new(input, (k, 1), shape.k)?,
             out: Layout::new(output, (n, 1), shape.n)?,
@@ -125,7 +125,7 @@ impl Blas {
     }
 
     /// Algorithms for `rows` rows, the one first that the library takes for the fastest. None, where it has none.
-    pub fn candidates(&self, product: &mut Product, rows: usize) -> Result<Vec<Algo>> {
+    pub fn candidates(&self, product: &mut BlasProduct, rows: usize) -> Result<Vec<Algo>> {
         product.set_rows(rows)?;
         let nothing = sys::cublasLtMatmulHeuristicResult_t {
             algo: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
@@ -164,7 +164,7 @@ impl Blas {
     }
 
     /// Whether `algo`, which may come from anywhere, is one for `rows` rows that [`Self::candidates`] could offer.
-    pub fn takes(&self, product: &mut Product, rows: usize, algo: Algo) -> Result<bool> {
+    pub fn takes(&self, product: &mut BlasProduct, rows: usize, algo: Algo) -> Result<bool> {
         product.set_rows(rows)?;
         let raw = algo.of_library();
         let mut found = sys::cublasLtMatmulHeuristicResult_t {
@@ -195,7 +195,7 @@ impl Blas {
     pub(crate) fn multiply(
         &self,
         stream: &Stream,
-        product: &mut Product,
+        product: &mut BlasProduct,
         algo: Algo,
         operands: &Operands,
         rows: usize,
@@ -246,7 +246,7 @@ impl Drop for Blas {
 
 /// What the library must know of a product; its rows are set before each use.
 #[derive(Debug)]
-pub struct Product {
+pub struct BlasProduct {
     weight: Layout,
     x: Layout,
     out: Layout,
@@ -254,7 +254,7 @@ pub struct Product {
     shape: ProductShape,
 }
 
-impl Product {
+impl BlasProduct {
     fn set_rows(&mut self, rows: usize) -> Result<()> {
         self.x.set_columns(rows as u64)?;
         self.out.set_columns(rows as u64)

@@ -12,9 +12,9 @@ pub enum EpilogueKind {
     None,
     /// A bias.
     Bias,
-    /// ReLU.
+    /// `max(x, 0)`.
     Relu,
-    /// A bias, then ReLU.
+    /// A bias, then `max(x, 0)`.
     BiasRelu,
     /// GELU.
     Gelu,
@@ -66,6 +66,19 @@ pub struct ProductShape {
     pub out_f32: bool,
     /// On the way out.
     pub epilogue: EpilogueKind,
+}
+
+impl ProductShape {
+    /// Whether the library takes it as the kernels mean it: to it, the bias of f32 outputs is f32.
+    pub fn is_for_library(&self) -> bool {
+        let is_native = matches!(self.dtype, DType::BF16 | DType::F16);
+        is_native && (!self.out_f32 || self.epilogue == EpilogueKind::None)
+    }
+
+    /// Bytes of an output.
+    pub fn out_bytes(&self) -> usize {
+        if self.out_f32 { DType::F32.bytes() } else { self.dtype.bytes() }
+    }
 }
 
 /// Device addresses of a product.

@@ -8,7 +8,8 @@ use crate::cuda::args::{Address, GemmParams, LinearParams};
 use crate::cuda::backend::{CudaBackend, grown};
 use crate::cuda::buf::CudaBuf;
 use crate::cuda::choice;
-use crate::cuda::driver::TensorMapSpec;
+use crate::cuda::driver::{EpilogueKind, Operands, ProductShape, TensorMapSpec};
+use crate::cuda::plans::{PlanKey, bucket};
 use crate::error::Result;
 use crate::weight::Weight;
 
@@ -24,43 +25,61 @@ const GEMM_BOX_ROWS: usize = 16;
 struct Product {
     params: LinearParams,
     dtype: DType,
+    function: Option<Activation>,
 }
 
-fn activation(then: &Then<'_, CudaBackend>) -> i32 {
-    match then {
-        Then::Store | Then::AppendKv(_) => 0,
-        Then::Activate(Activation::GeluTanh) => 1,
-        Then::Activate(Activation::GeluErf) => 2,
-        Then::Activate(Activation::Relu) => 3,
+fn activation_of(function: Option<Activation>) -> i32 {
+    match function {
+        None => 0,
+        Some(Activation::GeluTanh) => 1,
+        Some(Activation::GeluErf) => 2,
+        Some(Activation::Relu) => 3,
     }
 }
 
 impl Product {
     fn new((out, x): (&CudaBuf, Address), weight: &Weight<CudaBuf>, rows: usize) -> Self {
         let part = &weight.parts[0];
-        let out_f32 = out.dtype == DType::F32;
+        let shape = ProductShape {
+            n: weight.n,
+            k: weight.k,
+            ld: part.ld,
+            dtype: weight.dtype,
+            out_f32: out.dtype == DType::F32,
+            epilogue: EpilogueKind::None,
+        };
+        let operands = Operands { out: out.address(), x, weight: part.data.address(), bias: 0 };
+        Self::of(&shape, &operands, rows)
+    }
+
+    fn of(shape: &ProductShape, operands: &Operands, rows: usize) -> Self {
         let params = LinearParams {
-            out: out.address(),
-            x,
-            weight: part.data.address(),
+            out: operands.out,
+            x: operands.x,
+            weight: operands.weight,
+            bias: operands.bias,
             rows: rows as i32,
-            n: weight.n as i32,
-            k: weight.k as i32,
-            ld_weight: part.ld as i32,
-            out_f32: i32::from(out_f32),
+            n: shape.n as i32,
+            k: shape.k as i32,
+            ld_weight: shape.ld as i32,
+            activation: activation_of(shape.epilogue.function()),
+            out_f32: i32::from(shape.out_f32),
             // Divisors, where nothing is appended.
             n_kv_heads: 0,
             block_size: 1,
             d_head: 1,
             ..bytemuck::Zeroable::zeroed()
         };
-        Self { params, dtype: weight.dtype }
+        Self { params, dtype: shape.dtype, function: shape.epilogue.function() }
     }
 
     fn then(mut self, epilogue: &Epilogue<'_, CudaBackend>) -> Self {
         let params = &mut self.params;
         params.bias = address_or_none(epilogue.bias, "linear: bias", self.dtype);
-        params.activation = activation(&epilogue.then);
+        if let Then::Activate(function) = epilogue.then {
+            self.function = Some(function);
+        }
+        params.activation = activation_of(self.function);
         if let Then::AppendKv(append) = &epilogue.then {
             expect_type("linear: cache", append.layout.dtype, self.dtype);
             params.k_cache = append.kv.k.address();
@@ -71,6 +90,29 @@ impl Product {
             params.d_head = append.layout.d_head as i32;
         }
         self
+    }
+
+    /// The plan that it may run by; `None` for few rows, and for what only own kernels do.
+    fn plan_key(&self) -> Option<PlanKey> {
+        let params = &self.params;
+        let rows = bucket(params.rows as usize)?;
+        if params.k_cache != 0 || params.residual != 0 {
+            return None;
+        }
+        let shape = ProductShape {
+            n: params.n as usize,
+            k: params.k as usize,
+            ld: params.ld_weight as usize,
+            dtype: self.dtype,
+            out_f32: params.out_f32 != 0,
+            epilogue: EpilogueKind::of(params.bias != 0, self.function)?,
+        };
+        shape.is_for_library().then_some(PlanKey { rows, shape })
+    }
+
+    fn operands(&self) -> Operands {
+        let LinearParams { out, x, weight, bias, .. } = self.params;
+        Operands { out, x, weight, bias }
     }
 }
 
@@ -104,6 +146,26 @@ impl CudaBackend {
     }
 
     fn multiply(&mut self, product: &Product) -> Result<()> {
+        let (operands, rows) = (product.operands(), product.params.rows as usize);
+        if let Some(key) = product.plan_key().filter(|_| operands.are_aligned())
+            && self.gemms.multiply(&self.stream, &key, &operands, rows)?
+        {
+            return Ok(());
+        }
+        self.multiply_by_kernel(product)
+    }
+
+    /// The product by a kernel of our own, whatever plans say.
+    pub(in crate::cuda) fn multiply_own(
+        &mut self,
+        shape: &ProductShape,
+        operands: &Operands,
+        rows: usize,
+    ) -> Result<()> {
+        self.multiply_by_kernel(&Product::of(shape, operands, rows))
+    }
+
+    fn multiply_by_kernel(&mut self, product: &Product) -> Result<()> {
         let LinearParams { rows, k, .. } = product.params;
         let info = self.context.info();
         let is_hopper = info.capability == (9, 0);

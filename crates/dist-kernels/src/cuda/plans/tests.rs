@@ -138,7 +138,7 @@ fn a_file_that_is_not_sound_is_ignored_and_written_anew() {
     ];
     for text in damaged {
         fs::write(sound.path(), &text).unwrap();
-        assert!(read(sound.path(), &of()).is_err(), "{:.300}", text);
+        assert!(read(sound.path(), &of()).is_err(), "{text:.300}");
         let mut plans = PlanCache::open(dir.path(), of());
         assert!(plans.is_empty());
         plans.insert(key(128, 8, DType::BF16), Plan { own_us: 3.5, library: None });
@@ -151,9 +151,9 @@ fn a_file_that_is_not_sound_is_ignored_and_written_anew() {
 fn the_number_of_plans_is_bounded() {
     let dir = tempfile::tempdir().unwrap();
     let mut plans = PlanCache::open(dir.path(), of());
-    let library = Some(LibraryPlan { us: 1234.567_891, algo: Algo([0xff; 64]) });
+    let library = Some(LibraryPlan { us: 1_234.567_891, algo: Algo([0xff; 64]) });
     for n in 1..=PLANS_MAX {
-        plans.insert(key(24_576, n, DType::BF16), Plan { own_us: 1234.567_891, library });
+        plans.insert(key(24_576, n, DType::BF16), Plan { own_us: 1_234.567_891, library });
     }
     assert_eq!(plans.len(), PLANS_MAX);
     // As many as there may be can be read.
