@@ -3,9 +3,10 @@
 #![allow(dead_code)] // Each test file uses its part.
 #![allow(clippy::print_stderr)] // A skip must be loud, and the seed belongs to a failure.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -43,19 +44,69 @@ static ONE: Mutex<()> = Mutex::new(());
 
 /// The GPU, as long as the first value is kept; `None`, and a loud line, where there is none.
 pub(crate) fn gpu(test: &str) -> Option<(MutexGuard<'static, ()>, CudaBackend)> {
+    gpu_with(test, options(None))
+}
+
+/// The same, opened as `options` say.
+pub(crate) fn gpu_with(test: &str, options: CudaOptions) -> Option<(MutexGuard<'static, ()>, CudaBackend)> {
     let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    match CudaBackend::new(options(None)) {
+    match CudaBackend::new(options) {
         Ok(backend) => Some((one, backend)),
         Err(KernelError::Cuda(error @ (CudaError::Library(_) | CudaError::NoGpu))) => {
-            eprintln!("SKIPPED: {test}: {error}");
-            if let Some(log) = std::env::var_os("DIST_SKIP_LOG") {
-                let mut log = OpenOptions::new().append(true).create(true).open(log).unwrap();
-                writeln!(log, "{test} {error}").unwrap();
-            }
+            skip(test, &error.to_string());
             None
         }
         Err(error) => panic!("{error}"),
     }
+}
+
+/// Says that a test was skipped where nobody overlooks it.
+pub(crate) fn skip(test: &str, why: &str) {
+    eprintln!("SKIPPED: {test}: {why}");
+    if let Some(log) = std::env::var_os("DIST_SKIP_LOG") {
+        let mut log = OpenOptions::new().append(true).create(true).open(log).unwrap();
+        writeln!(log, "{test} {why}").unwrap();
+    }
+}
+
+/// Options with a folder of plans for this test alone, in which the kernels are that others have compiled.
+pub(crate) fn own_folder(dir: &Path, gemm: GemmChoice) -> CudaOptions {
+    let shared = options(None);
+    for entry in fs::read_dir(shared.cache.dir()).into_iter().flatten() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|end| end == "cubin") {
+            fs::copy(&path, dir.join(path.file_name().unwrap())).unwrap();
+        }
+    }
+    CudaOptions { cache: KernelCache::new(dir.to_owned()), gemm, ..shared }
+}
+
+/// Whether cuBLASLt is there; a test of it says that it is skipped where it is not.
+pub(crate) fn has_library(test: &str) -> bool {
+    match options(None).libraries.cublas_lt() {
+        Ok(_) => true,
+        Err(error) => {
+            skip(test, &error.to_string());
+            false
+        }
+    }
+}
+
+/// The driver and the compiler of kernels as they are found, and nothing else.
+pub(crate) fn without_cublas_lt(dir: &Path) -> Option<Arc<Libraries>> {
+    let found = options(None).libraries;
+    let (driver, nvrtc) = (found.driver().ok()?.path.clone(), found.nvrtc().ok()?.path().to_owned());
+    symlink(driver, dir.join("libcuda.so.1")).unwrap();
+    symlink(&nvrtc, dir.join("libnvrtc.so.13")).unwrap();
+    for entry in fs::read_dir(nvrtc.parent().unwrap()).unwrap() {
+        let beside = entry.unwrap().path();
+        let name = beside.file_name().unwrap();
+        if name.to_string_lossy().starts_with("libnvrtc-builtins") {
+            symlink(&beside, dir.join(name)).unwrap();
+        }
+    }
+    let dirs = LibraryDirs { first: vec![dir.to_owned()], asks_loader: false, last: vec![] };
+    Some(Arc::new(Libraries::new(dirs)))
 }
 
 pub(crate) fn cpu() -> CpuBackend {
