@@ -13,9 +13,11 @@ use std::time::{Duration, Instant};
 use scratch::Scratch;
 
 use super::backend::CudaBackend;
-use super::driver::{Algo, BlasProduct, CudaError, Graph, Operands, ProductShape};
+use super::buf::CudaBuf;
+use super::driver::{Algo, BlasProduct, CudaError, EpilogueKind, Graph, Operands, ProductShape};
 use super::plans::{LibraryPlan, Plan, PlanKey, buckets, first_of_bucket};
 use crate::error::{KernelError, Result};
+use crate::weight::Weight;
 
 /// Time for a first look at all candidates of a product, of which at least so many get it.
 const FIRST_LOOK: Duration = Duration::from_millis(60);
@@ -51,6 +53,14 @@ pub struct TuneReport {
     pub hash: Option<String>,
     /// Their file.
     pub path: Option<PathBuf>,
+}
+
+impl ProductShape {
+    /// That of the products by `weight`.
+    pub fn of(weight: &Weight<CudaBuf>, out_f32: bool, epilogue: EpilogueKind) -> Self {
+        let (ld, dtype) = (weight.parts[0].ld, weight.dtype);
+        Self { n: weight.n, k: weight.k, ld, dtype, out_f32, epilogue }
+    }
 }
 
 /// Something that can compute a product: the own kernel, or an algorithm.

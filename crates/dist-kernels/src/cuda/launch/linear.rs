@@ -39,16 +39,8 @@ fn activation_of(function: Option<Activation>) -> i32 {
 
 impl Product {
     fn new((out, x): (&CudaBuf, Address), weight: &Weight<CudaBuf>, rows: usize) -> Self {
-        let part = &weight.parts[0];
-        let shape = ProductShape {
-            n: weight.n,
-            k: weight.k,
-            ld: part.ld,
-            dtype: weight.dtype,
-            out_f32: out.dtype == DType::F32,
-            epilogue: EpilogueKind::None,
-        };
-        let operands = Operands { out: out.address(), x, weight: part.data.address(), bias: 0 };
+        let shape = ProductShape::of(weight, out.dtype == DType::F32, EpilogueKind::None);
+        let operands = Operands { out: out.address(), x, weight: weight.parts[0].data.address(), bias: 0 };
         Self::of(&shape, &operands, rows)
     }
 
