@@ -22,8 +22,9 @@ use crate::weight::Weight;
 /// Time for a first look at all candidates of a product, of which at least so many get it.
 const FIRST_LOOK: Duration = Duration::from_millis(60);
 const LOOKED_AT_LEAST: usize = 3;
-/// Candidates that are measured against the own kernel.
+/// Candidates that are measured against the own kernel, and how far they may be behind the fastest at first sight.
 const FINALISTS: usize = 4;
+const CLOSE: f64 = 1.3;
 /// Microseconds for measuring them, and how often each is timed.
 const FINAL_US: f64 = 30e3;
 const TIMES_LEAST: usize = 3;
@@ -164,7 +165,10 @@ impl CudaBackend {
         }
         others.sort_by(|a, b| a.median().total_cmp(&b.median()));
         others.truncate(FINALISTS);
-        self.measure_in_turn(&mut own, &mut others, repeats(key, scratch))?;
+        // Who is far behind at first sight keeps that time.
+        let fastest = others.first().map_or(own.median(), |other| other.median().min(own.median()));
+        let n_close = others.iter().take_while(|other| other.median() <= CLOSE * fastest).count();
+        self.measure_in_turn(&mut own, &mut others[..n_close], repeats(key, scratch))?;
         others.sort_by(|a, b| a.median().total_cmp(&b.median()));
         let mut library = None;
         for (algo, us) in others.iter().filter_map(|other| Some((other.algo?, other.median()))) {

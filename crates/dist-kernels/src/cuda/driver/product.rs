@@ -100,3 +100,47 @@ impl Operands {
         [self.out, self.x, self.weight, self.bias].iter().all(|address| address % ALIGNMENT == 0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_epilogue_is_its_bias_and_its_function() {
+        let functions = [None, Some(Activation::Relu), Some(Activation::GeluTanh)];
+        for (has_bias, function) in
+            functions.into_iter().flat_map(|function| [(false, function), (true, function)])
+        {
+            let kind = EpilogueKind::of(has_bias, function).unwrap();
+            assert_eq!((kind.has_bias(), kind.function()), (has_bias, function), "{kind:?}");
+        }
+        for has_bias in [false, true] {
+            assert_eq!(EpilogueKind::of(has_bias, Some(Activation::GeluErf)), None);
+        }
+    }
+
+    #[test]
+    fn f32_outputs_are_the_librarys_without_an_epilogue_only() {
+        let plain = ProductShape {
+            n: 8,
+            k: 8,
+            ld: 8,
+            dtype: DType::F16,
+            out_f32: true,
+            epilogue: EpilogueKind::None,
+        };
+        assert!(plain.is_for_library());
+        assert!(!ProductShape { epilogue: EpilogueKind::Bias, ..plain }.is_for_library());
+        assert!(ProductShape { epilogue: EpilogueKind::Bias, out_f32: false, ..plain }.is_for_library());
+        assert!(!ProductShape { dtype: DType::F32, ..plain }.is_for_library());
+        assert_eq!((plain.out_bytes(), ProductShape { out_f32: false, ..plain }.out_bytes()), (4, 2));
+    }
+
+    #[test]
+    fn one_address_that_is_not_aligned_is_enough() {
+        let aligned = Operands { out: 256, x: 512, weight: 1 << 30, bias: 0 };
+        assert!(aligned.are_aligned());
+        assert!(!Operands { bias: 16, ..aligned }.are_aligned());
+        assert!(!Operands { x: 384, ..aligned }.are_aligned());
+    }
+}
