@@ -171,7 +171,7 @@ fn line(case: Case, seconds: f64, bars: Vec<Bar>) -> Line {
         "block_size": case.block_size(),
         "blocks_in_order": case.pages != Pages::Shuffled,
     });
-    Line { name: case.name(), shape, seconds, work: case.work(), beside: vec![], bars }
+    Line { name: case.name(), shape, seconds, work: case.work(), beside: vec![], runs: None, bars }
 }
 
 pub(crate) fn run(gpu: &mut Gpu, takes: &dyn Fn(&str) -> bool, report: &mut Report) -> Result<()> {

@@ -7,10 +7,11 @@ use dist_core::DType;
 use dist_core::philox::{NormalTable, stream_key};
 use dist_kernels::Backend;
 use dist_kernels::Result;
+use dist_kernels::args::SampleRow;
 use dist_kernels::cuda::cache::KernelCache;
 use dist_kernels::cuda::libraries::{Libraries, LibraryDirs};
 use dist_kernels::cuda::staging::StagingOptions;
-use dist_kernels::cuda::{CudaBackend, CudaBuf, CudaOptions};
+use dist_kernels::cuda::{CudaBackend, CudaBuf, CudaOptions, GemmChoice};
 use dist_kernels::weight::{Layout, Weight, WeightPart};
 use half::bf16;
 
@@ -39,7 +40,10 @@ pub(crate) struct Column {
 /// with the one named `library`.
 type ColumnOptions = (&'static str, fn(CudaOptions) -> CudaOptions);
 
-pub(crate) const COLUMNS: [ColumnOptions; 1] = [("own", |options| options)];
+pub(crate) const COLUMNS: [ColumnOptions; 2] = [
+    ("own", |options| CudaOptions { gemm: GemmChoice::Own, ..options }),
+    ("library", |options| CudaOptions { gemm: GemmChoice::Library, ..options }),
+];
 pub(crate) const LIBRARY: &str = "library";
 
 /// What this GPU can do at best.
@@ -71,7 +75,14 @@ fn options(libraries: Arc<Libraries>) -> CudaOptions {
     let cache = std::env::var_os("DIST_KERNEL_CACHE").map(PathBuf::from);
     let cache = cache.unwrap_or_else(|| std::env::temp_dir().join("dist-kernel-cache"));
     let staging = StagingOptions { n_readers: 2, chunk_bytes: 1 << 20 };
-    CudaOptions { libraries, cache: KernelCache::new(cache), ordinal: 0, cast: None, staging }
+    CudaOptions {
+        libraries,
+        cache: KernelCache::new(cache),
+        ordinal: 0,
+        cast: None,
+        staging,
+        gemm: GemmChoice::Own,
+    }
 }
 
 /// `len` numbers from N(0, `std_dev`).
@@ -169,17 +180,25 @@ pub(crate) fn n_launches(n_bytes: usize, flop: f64, n_buffers: usize) -> usize {
 }
 
 /// Seconds of one of the `n` steps that a graph is made of: the median of its replays. `step` takes the number of
-/// the launch. It runs once before, so that kernels are loaded and memory is taken.
+/// the launch.
 pub(crate) fn median(
     backend: &mut CudaBackend,
     n: usize,
+    step: impl FnMut(&mut CudaBackend, usize) -> Result<()>,
+) -> Result<f64> {
+    median_of_draws(backend, n, &[], step)
+}
+
+/// The same for steps that draw, each as `rows` say.
+pub(crate) fn median_of_draws(
+    backend: &mut CudaBackend,
+    n: usize,
+    rows: &[SampleRow],
     mut step: impl FnMut(&mut CudaBackend, usize) -> Result<()>,
 ) -> Result<f64> {
-    step(backend, 0)?;
-    backend.synchronize()?;
     let graph = backend.capture(&mut |backend| (0..n).try_for_each(|idx| step(backend, idx)))?;
     let graph = graph.expect("this backend has graphs");
-    let mut times = backend.time_replays(&graph, REPLAYS)?;
+    let mut times = backend.time_replays(&graph, rows, REPLAYS)?;
     times.sort_by(f32::total_cmp);
     Ok(f64::from(times[times.len() / 2]) / 1e3 / n as f64)
 }

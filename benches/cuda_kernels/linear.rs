@@ -4,7 +4,8 @@ use dist_core::DType;
 use dist_kernels::Backend;
 use dist_kernels::Result;
 use dist_kernels::args::{Epilogue, K_SEGMENTS, LinearArgs, LogitsArgs, Prologue, Then};
-use dist_kernels::cuda::{CudaBackend, CudaBuf};
+use dist_kernels::cuda::plans::{Winner, bucket};
+use dist_kernels::cuda::{CudaBackend, CudaBuf, EpilogueKind, ProductShape};
 use dist_kernels::weight::Weight;
 use serde_json::json;
 
@@ -116,12 +117,26 @@ impl Operands {
     }
 }
 
+/// Lets the library's fastest algorithms be found, and tells which of the two is the faster one for each bucket of rows.
+fn plans(backend: &mut CudaBackend, shape: Shape, rows: &[usize]) -> Result<Vec<(usize, &'static str)>> {
+    let Some(&rows_max) = rows.iter().filter(|&&rows| bucket(rows).is_some()).max() else {
+        return Ok(vec![]);
+    };
+    let (n, k, dtype) = (shape.n, shape.k, DTYPE);
+    let product = ProductShape { n, k, ld: k, dtype, out_f32: shape.is_head(), epilogue: EpilogueKind::None };
+    let winner = |winner| if winner == Winner::Own { "own" } else { "library" };
+    let report = backend.tune_shapes(&[product], rows_max)?;
+    Ok(report.plans.iter().map(|(key, plan)| (key.rows, winner(plan.winner()))).collect())
+}
+
 pub(crate) fn run(gpu: &mut Gpu, takes: &dyn Fn(&str) -> bool, report: &mut Report) -> Result<()> {
     for shape in shapes() {
         let rows = FEW_ROWS.into_iter().chain(MANY_ROWS).filter(|&rows| takes(&shape.name(rows)));
         let rows: Vec<usize> = rows.collect();
         let Some(&rows_max) = rows.iter().max() else { continue };
         let mut operands = Operands::new(gpu, shape, rows_max)?;
+        let planned = gpu.others.iter_mut().map(|column| plans(&mut column.backend, shape, &rows));
+        let planned: Vec<(usize, &'static str)> = planned.collect::<Result<Vec<_>>>()?.concat();
         for rows in rows {
             let seconds = operands.time(&mut gpu.backend, shape, rows)?;
             let beside = gpu.others.iter_mut().map(|column| {
@@ -136,6 +151,7 @@ pub(crate) fn run(gpu: &mut Gpu, takes: &dyn Fn(&str) -> bool, report: &mut Repo
                 seconds,
                 work: shape.work(rows),
                 beside,
+                runs: planned.iter().find(|plan| Some(plan.0) == bucket(rows)).map(|plan| plan.1),
                 bars: shape.bars(rows),
             });
         }

@@ -59,6 +59,8 @@ pub(crate) struct Line {
     pub(crate) work: Work,
     /// The same work by other columns, in seconds.
     pub(crate) beside: Vec<(&'static str, f64)>,
+    /// Which column the engine takes, where it has a choice.
+    pub(crate) runs: Option<&'static str>,
     pub(crate) bars: Vec<Bar>,
 }
 
@@ -95,6 +97,9 @@ impl Line {
         }
         for (name, seconds) in &self.beside {
             let _ = write!(row, "  {name} {:.2} µs ({:.0} %)", seconds * 1e6, seconds / self.seconds * 100.0);
+        }
+        if let Some(runs) = self.runs {
+            let _ = write!(row, "  runs {runs}");
         }
         for &bar in &self.bars {
             let met = match self.meets(bar, ceilings) {
@@ -133,6 +138,7 @@ impl Line {
             "per_s": rate.map(|(rate, _)| rate),
             "share_of_ceiling": rate.map(|(_, share)| share),
             "beside": beside,
+            "runs": self.runs,
             "bars": bars,
         })
     }

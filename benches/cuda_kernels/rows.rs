@@ -9,7 +9,7 @@ use dist_kernels::args::{AddBiasNormArgs, EmbedArgs, Lookup, Norm, Residual, Sam
 use dist_kernels::cuda::CudaBuf;
 use serde_json::{Value, json};
 
-use crate::gpu::{Gpu, median, n_rotating};
+use crate::gpu::{Gpu, median, median_of_draws, n_rotating};
 use crate::linear::{MODELS, N_VOCAB};
 use crate::report::{Line, Report, Work};
 
@@ -17,11 +17,9 @@ const ROWS: [usize; 3] = [1, 64, 1024];
 const N_CTX: usize = 2048;
 const N_LAUNCHES: usize = 128;
 const SAMPLED_ROWS: usize = 64;
-/// Bytes that the arrays of a step pass through before the other half of that memory is taken.
-const INPUT_BYTES: usize = 1 << 20;
 
 fn line(name: String, shape: Value, seconds: f64) -> Line {
-    Line { name, shape, seconds, work: Work::Latency, beside: vec![], bars: vec![] }
+    Line { name, shape, seconds, work: Work::Latency, beside: vec![], runs: None, bars: vec![] }
 }
 
 fn norm(gpu: &mut Gpu, rows: usize, d: usize) -> Result<f64> {
@@ -59,6 +57,7 @@ fn embed(gpu: &mut Gpu, rows: usize, d: usize) -> Result<f64> {
             d,
             tokens: Some(Lookup { ids: token_ids, table: &tokens, offset: 0, first: 0 }),
             positions: Some(Lookup { ids: position_ids, table: &positions, offset: 0, first: 0 }),
+            drawn: None,
         })
     })
 }
@@ -78,13 +77,8 @@ fn sample(gpu: &mut Gpu, row: &SampleRow) -> Result<f64> {
     }
     let (mut ids, mut logprobs) = (gpu.words(&[0; SAMPLED_ROWS])?, gpu.output(DType::F32, SAMPLED_ROWS)?);
     let (mut top_ids, mut top_logprobs) = (gpu.output(DType::U32, 0)?, gpu.output(DType::F32, 0)?);
-    // What rows ask of sampling goes up with each launch. A recording must not wait for the other half of the memory
-    // that it passes through, so a new half is begun.
-    let filler = vec![0_u8; INPUT_BYTES];
-    let mut filled = gpu.output(DType::U32, INPUT_BYTES / DType::U32.bytes())?;
-    gpu.backend.upload(&mut filled, 0, &filler)?;
     let n_logits = logits.len();
-    median(&mut gpu.backend, n_logits, |backend, idx| {
+    median_of_draws(&mut gpu.backend, n_logits, &rows, |backend, idx| {
         backend.sample(SampleArgs {
             logits: &mut logits[idx],
             n_vocab: N_VOCAB,

@@ -117,6 +117,19 @@ pub enum Prologue<'a, B: Backend> {
     Norm(Norm<'a, B>),
 }
 
+/// A product that steps will ask for.
+#[derive(Debug)]
+pub struct Product<'a, B: Backend> {
+    /// What is multiplied by.
+    pub weight: &'a Weight<B::Buf>,
+    /// Whether a bias is added.
+    pub has_bias: bool,
+    /// What is done to the sums.
+    pub activation: Option<Activation>,
+    /// Whether the sums are logits, which are `f32`.
+    pub is_head: bool,
+}
+
 /// Arguments of [`Backend::linear`]: `out[r, j] = Σ_i x[r, i] · weight[j, i]`.
 #[derive(Debug)]
 pub struct LinearArgs<'a, B: Backend> {

@@ -5,7 +5,7 @@ use dist_core::DType;
 use dist_core::raw::{PeerHandle, PeerWindow, RawBuf};
 
 use crate::args::{
-    AddBiasArgs, AddBiasNormArgs, AttentionArgs, EmbedArgs, GatherRowsArgs, LinearArgs, LogitsArgs,
+    AddBiasArgs, AddBiasNormArgs, AttentionArgs, EmbedArgs, GatherRowsArgs, LinearArgs, LogitsArgs, Product,
     SampleArgs, SampleRow,
 };
 use crate::error::Result;
@@ -32,6 +32,13 @@ pub trait Backend: Sized {
 
     /// Takes a weight in, after slicing: views it, copies it or reorders it as the kernels like it best.
     fn prepare(&mut self, weight: HostWeight) -> Result<Weight<Self::Buf>>;
+
+    /// Finds out how to make each of these products fastest for up to `rows_max` rows, where there is a choice. It may take
+    /// memory, and gives it back.
+    fn tune(&mut self, products: &[Product<'_, Self>], rows_max: usize) -> Result<()> {
+        let _ = (products, rows_max);
+        Ok(())
+    }
 
     /// Copies `src`, elements of the buffer's type as bytes, to the elements from `at` on.
     fn upload(&mut self, dst: &mut Self::Buf, at: usize, src: &[u8]) -> Result<()>;

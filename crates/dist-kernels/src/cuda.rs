@@ -28,9 +28,9 @@ mod weight;
 
 pub use backend::{CudaBackend, CudaOptions};
 pub use buf::CudaBuf;
-pub use outputs::CudaFetch;
 pub use driver::{EpilogueKind, ProductShape};
 pub use gemms::GemmChoice;
+pub use outputs::CudaFetch;
 pub use tune::TuneReport;
 
 #[cfg(test)]

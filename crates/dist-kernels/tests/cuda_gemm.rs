@@ -196,7 +196,7 @@ fn what_was_tuned_once_is_not_measured_again() {
     let tuned = || own_folder(dir.path(), GemmChoice::Measured);
     let (hash, path) = {
         let Some((_one, mut gpu)) = gpu_with(TEST, tuned()) else { return };
-        let report = gpu.tune(&shapes, 300).unwrap();
+        let report = gpu.tune_shapes(&shapes, 300).unwrap();
         assert_eq!((report.n_measured, report.n_kept, report.n_without_memory), (9, 0, 0));
         assert_eq!(report.plans.len(), 9);
         for (key, plan) in &report.plans {
@@ -204,7 +204,7 @@ fn what_was_tuned_once_is_not_measured_again() {
             // Products as these the library has an algorithm for.
             assert!(key.shape.n % 8 != 0 || plan.library.is_some(), "{key:?}: {plan:?}");
         }
-        let again = gpu.tune(&shapes, 300).unwrap();
+        let again = gpu.tune_shapes(&shapes, 300).unwrap();
         assert_eq!((again.n_measured, again.n_kept), (0, 9));
         (report.hash.unwrap(), report.path.unwrap())
     };
@@ -212,7 +212,7 @@ fn what_was_tuned_once_is_not_measured_again() {
     let digest = format!("{:x}", Sha256::digest(&written));
     assert_eq!(hash, digest);
     let Some((_one, mut gpu)) = gpu_with(TEST, tuned()) else { return };
-    let report = gpu.tune(&shapes, 300).unwrap();
+    let report = gpu.tune_shapes(&shapes, 300).unwrap();
     assert_eq!((report.n_measured, report.n_kept), (0, 9));
     assert_eq!((report.hash.as_ref(), fs::read(&path).unwrap()), (Some(&hash), written));
     // The plans are followed: between their rows too, and not beyond them.
@@ -250,7 +250,7 @@ fn a_damaged_file_of_plans_is_measured_anew() {
     let tune = || {
         let options = own_folder(dir.path(), GemmChoice::Measured);
         let (_one, mut gpu) = gpu_with(TEST, options).unwrap();
-        gpu.tune(&shapes, 128).unwrap()
+        gpu.tune_shapes(&shapes, 128).unwrap()
     };
     let report = tune();
     assert_eq!(report.n_measured, 1);
@@ -285,7 +285,7 @@ fn a_row_has_the_same_bits_whoever_shares_its_bucket() {
     for (i, (n, k)) in [(2304, 768), (4096, 1024), (520, 4096)].into_iter().enumerate() {
         let (dtype, end) = (TYPES[i % 2], ENDS[i]);
         let product = Product::new(&mut random, (1024, n, k), dtype);
-        gpu.tune(&[end.shape(&product)], 1024).unwrap();
+        gpu.tune_shapes(&[end.shape(&product)], 1024).unwrap();
         for last in [128, 256, 512, 1024] {
             let before = gpu.n_products_of_library();
             let all = product.run(&mut gpu, dtype, end, (0, last));
@@ -342,7 +342,7 @@ fn a_graph_of_the_librarys_products_gives_their_bits() {
     let eager = get(&mut gpu, &out);
     assert!(eager.iter().all(|x| x.is_finite()));
     gpu.upload(&mut out, 0, &vec![0xff; rows * k * 2]).unwrap();
-    gpu.replay(&graph).unwrap();
+    gpu.replay(&graph, &[]).unwrap();
     assert!(eager == get(&mut gpu, &out), "the graph's bits are others");
 }
 
@@ -363,7 +363,7 @@ fn own_kernels_compute_where_the_library_is_not_there_or_not_wanted() {
         let shared = options(None);
         let libraries = if is_hidden { Arc::clone(&libraries) } else { Arc::clone(&shared.libraries) };
         let Some((_one, mut gpu)) = gpu_with(TEST, CudaOptions { libraries, gemm, ..shared }) else { return };
-        let report = gpu.tune(&[ENDS[2].shape(&product)], 512).unwrap();
+        let report = gpu.tune_shapes(&[ENDS[2].shape(&product)], 512).unwrap();
         assert_eq!((report.n_measured, report.library, report.hash), (0, None, None), "{gemm:?}");
         let found = product.run(&mut gpu, product.dtype, ENDS[2], (0, 130));
         assert_near(&format!("{gemm:?}"), &found, &expected, bound(product.dtype));

@@ -4,6 +4,7 @@
 //! through this file.
 
 mod load;
+mod products;
 
 use std::time::Duration;
 

@@ -96,6 +96,10 @@ pub fn start_rank<B: Backend>(
     progress: OnProgress<'_>,
 ) -> Result<Runner<B>, EngineError> {
     let decoder = Decoder::load(&mut backend, checkpoint, plan, rank, progress)?;
+    // Before the cache takes what is free.
+    let limits = plan.limits;
+    backend.tune(&decoder.products(), limits.max_batch_tokens)?;
+    backend.tune(&decoder.head_products(), limits.max_sample_rows)?;
     Ok(Runner::new(backend, comms, decoder, checkpoint.config(), plan, rank)?)
 }
 

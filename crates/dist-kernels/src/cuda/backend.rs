@@ -8,18 +8,19 @@ use dist_core::raw::{PeerHandle, PeerWindow, RawBuf};
 
 use super::buf::CudaBuf;
 use super::cache::KernelCache;
-use super::driver::{Context, DeviceInfo, DeviceMemory, Driver, Graph, Stream};
+use super::driver::{Context, DeviceInfo, DeviceMemory, Driver, EpilogueKind, Graph, ProductShape, Stream};
+use super::gemms::{GemmChoice, Gemms};
 use super::inputs::{Inputs, Way};
 use super::launch::{ROWS_BYTES, Reader};
-use super::gemms::{GemmChoice, Gemms};
 use super::libraries::Libraries;
 use super::loaded::{Kernel, Kernels};
 use super::outputs::{CudaFetch, Outputs};
 use super::sample::PackedRows;
 use super::staging::{Staging, StagingOptions};
+use super::tune::TuneReport;
 use super::weight::{copy_bytes, row_elements};
 use crate::args::{
-    AddBiasArgs, AddBiasNormArgs, AttentionArgs, EmbedArgs, GatherRowsArgs, LinearArgs, LogitsArgs,
+    AddBiasArgs, AddBiasNormArgs, AttentionArgs, EmbedArgs, GatherRowsArgs, LinearArgs, LogitsArgs, Product,
     SampleArgs, SampleRow,
 };
 use crate::backend::Backend;
@@ -231,6 +232,18 @@ impl Backend for CudaBackend {
         let n_bytes = n * ld * dtype.bytes();
         staging.load(&mut data.memory, 0, n_bytes, &|from, bytes| copy_bytes(&weight, from, dtype, bytes))?;
         Ok(Weight { parts: vec![WeightPart { data, n, ld }], dtype, layout: Layout::Nk, n, k })
+    }
+
+    fn tune(&mut self, products: &[Product<'_, Self>], rows_max: usize) -> Result<()> {
+        let shape = |product: &Product<'_, Self>| {
+            let epilogue = EpilogueKind::of(product.has_bias, product.activation)?;
+            Some(ProductShape::of(product.weight, product.is_head, epilogue))
+        };
+        let shapes: Vec<_> = products.iter().filter_map(shape).collect();
+        let report = self.tune_shapes(&shapes, rows_max)?;
+        let TuneReport { n_kept, n_measured, seconds, hash, .. } = &report;
+        tracing::info!(n_kept, n_measured, seconds, hash, "plans of products of many rows");
+        Ok(())
     }
 
     fn upload(&mut self, dst: &mut CudaBuf, at: usize, src: &[u8]) -> Result<()> {

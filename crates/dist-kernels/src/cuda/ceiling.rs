@@ -6,7 +6,7 @@ use super::args::ReadParams;
 use super::backend::CudaBackend;
 use super::buf::CudaBuf;
 use super::driver::{Event, Graph};
-use crate::args::{Epilogue, K_SEGMENTS, LinearArgs, Prologue, Then};
+use crate::args::{Epilogue, K_SEGMENTS, LinearArgs, Prologue, SampleRow, Then};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::weight::{Buffer, Layout, Weight, WeightPart};
@@ -55,10 +55,11 @@ impl CudaBackend {
         Ok((n_bytes as f64 / (f64::from(ms) / 1e3), n_bytes as u64))
     }
 
-    /// Milliseconds that each of `n` replays takes on the GPU, after one that does not count.
-    pub fn time_replays(&mut self, graph: &Graph, n: usize) -> Result<Vec<f32>> {
-        self.replay(graph)?;
-        (0..n).map(|_| self.time(|backend| backend.replay(graph))).collect()
+    /// Milliseconds that each of `n` replays takes on the GPU, after one that does not count and tells the graph how to
+    /// draw.
+    pub fn time_replays(&mut self, graph: &Graph, rows: &[SampleRow], n: usize) -> Result<Vec<f32>> {
+        self.replay(graph, rows)?;
+        (0..n).map(|_| self.time(|backend| backend.replay(graph, &[]))).collect()
     }
 
     /// Fills `dst` with `pattern` over and over, beginning with its element `from`: a cheap way to numbers by the
@@ -102,7 +103,8 @@ impl CudaBackend {
         Ok(2.0 * (SIDE as f64).powi(3) / (f64::from(ms) / 1e3))
     }
 
-    /// The least of a few times that `work` takes, after one that does not count.
+    /// The least of a few times that `work` takes, after one that does not count and tells the graph how to
+    /// draw.
     fn least_ms(&mut self, mut work: impl FnMut(&mut Self) -> Result<()>) -> Result<f32> {
         work(self)?;
         let mut least = f32::INFINITY;

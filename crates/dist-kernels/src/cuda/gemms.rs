@@ -113,6 +113,11 @@ impl Gemms {
         Some(&self.opened.as_ref()?.plans)
     }
 
+    /// Whether the library is to compute all that it takes.
+    pub(super) fn wants_library(&self) -> bool {
+        self.choice == GemmChoice::Library
+    }
+
     /// How many products the library has computed, those of recordings among them.
     pub(super) fn n_computed(&self) -> u64 {
         self.n_computed

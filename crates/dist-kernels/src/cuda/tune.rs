@@ -87,7 +87,7 @@ impl CudaBackend {
     ///
     /// It takes memory for the largest of the products and gives it back: call it before the cache takes what is free.
     /// Without cuBLASLt, and with [`super::GemmChoice::Own`], nothing happens.
-    pub fn tune(&mut self, products: &[ProductShape], rows_max: usize) -> Result<TuneReport> {
+    pub fn tune_shapes(&mut self, products: &[ProductShape], rows_max: usize) -> Result<TuneReport> {
         let begun = Instant::now();
         self.finish_weights()?;
         if !self.gemms.open(&self.context) {

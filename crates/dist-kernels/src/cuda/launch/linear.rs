@@ -84,10 +84,12 @@ impl Product {
         self
     }
 
-    /// The plan that it may run by; `None` for few rows, and for what only own kernels do.
-    fn plan_key(&self) -> Option<PlanKey> {
+    /// The plan that it may run by; `None` for few rows, unless the library is to have those too, and for what only own
+    /// kernels do.
+    fn plan_key(&self, wants_library: bool) -> Option<PlanKey> {
         let params = &self.params;
-        let rows = bucket(params.rows as usize)?;
+        let rows = params.rows as usize;
+        let rows = bucket(rows).or((wants_library && rows > 0).then_some(rows))?;
         if params.k_cache != 0 || params.residual != 0 {
             return None;
         }
@@ -139,7 +141,7 @@ impl CudaBackend {
 
     fn multiply(&mut self, product: &Product) -> Result<()> {
         let (operands, rows) = (product.operands(), product.params.rows as usize);
-        if let Some(key) = product.plan_key().filter(|_| operands.are_aligned())
+        if let Some(key) = product.plan_key(self.gemms.wants_library()).filter(|_| operands.are_aligned())
             && self.gemms.multiply(&self.stream, &key, &operands, rows)?
         {
             return Ok(());
