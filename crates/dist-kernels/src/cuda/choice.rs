@@ -41,12 +41,14 @@ fn streaming_variant(
         9..=16 if is_hopper && outputs > 32 => (first(&SIXTEEN_ROWS_HOPPER, "linear_w2n2"), 1),
         9..=16 => (first(&SIXTEEN_ROWS, "linear_m2n2u2"), 1),
         17..=32 => match outputs {
-            0..=32 => ("linear_w1n4", 2),
+            0..=16 => ("linear_w1n4", 3),
+            17..=32 => ("linear_w1n4", 2),
             33..=48 if k_is_longer => ("linear_w2n4", 2),
             33..=64 => ("linear_w1n4", 1),
             _ => ("linear_w2n4", 1),
         },
         _ => match outputs {
+            0..=16 if k_is_longer => ("linear_w1n8", 3),
             0..=32 => ("linear_w1n8", 2),
             33..=48 => ("linear_w2n8u2", 2),
             49..=64 => ("linear_w1n8", 1),
@@ -66,7 +68,8 @@ pub(super) fn streaming((rows, n, k): (usize, usize, usize), n_sms: usize, is_ho
     let (groups, n_sms) = (n.div_ceil(8), n_sms.max(1));
     let (symbol, cluster) = streaming_variant(rows, groups.div_ceil(n_sms) * 8, k > n, is_hopper);
     let unit = if symbol.starts_with("linear_w") { "linear_hopper" } else { "linear" };
-    let units = groups.div_ceil((n_sms / cluster).max(1));
+    let at_once = clusters_at_once(cluster, n_sms).expect("clusters of the table are of known sizes");
+    let units = groups.div_ceil(at_once);
     Streaming { unit, symbol, clusters: groups.div_ceil(units), cluster, units }
 }
 
@@ -177,13 +180,15 @@ pub(super) fn is_prefill(shape: DecodeShape) -> bool {
     shape.max_rows > 1 && shape.max_rows * shape.n_heads / shape.n_kv_heads >= PREFILL_FROM
 }
 
-/// Head sizes that `attention_decode` is made for, and its entries of a tile.
-const DECODE_HEADS: [(usize, &str); 4] = [
-    (64, "attention_decode_d64"),
-    (80, "attention_decode_d80"),
-    (96, "attention_decode_d96"),
-    (128, "attention_decode_d128"),
+/// Head sizes that `attention_decode` is made for, each with its variants: for as many blocks as multiprocessors at most,
+/// for up to twice as many, and for more.
+const DECODE_HEADS: [(usize, [&str; 3]); 4] = [
+    (64, ["attention_decode_d64w12", "attention_decode_d64s2", "attention_decode_d64s2"]),
+    (80, ["attention_decode_d80", "attention_decode_d80", "attention_decode_d80s2"]),
+    (96, ["attention_decode_d96"; 3]),
+    (128, ["attention_decode_d128w8", "attention_decode_d128", "attention_decode_d128s2"]),
 ];
+/// Its entries of a tile.
 const DECODE_ENTRIES: usize = 8;
 /// More parts of a context cost more than they give.
 const SPLITS_MAX: usize = 32;
@@ -214,7 +219,7 @@ pub(super) struct DecodeShape {
 
 /// `None` where the kernel does not take the shape.
 pub(super) fn decode(shape: DecodeShape, n_sms: usize) -> Option<Decode> {
-    let (_, symbol) = *DECODE_HEADS.iter().find(|head| head.0 == shape.d_head)?;
+    let (_, [few, twice, many]) = *DECODE_HEADS.iter().find(|head| head.0 == shape.d_head)?;
     if !shape.block_size.is_multiple_of(16) {
         return None;
     }
@@ -223,7 +228,11 @@ pub(super) fn decode(shape: DecodeShape, n_sms: usize) -> Option<Decode> {
     // Buckets of sequences: one more or less of them changes nobody's sums.
     let blocks = shape.n_seqs.next_power_of_two() * shape.n_kv_heads * tiles;
     let splits = (n_sms / blocks.max(1)).clamp(1, SPLITS_MAX);
-    let symbol = if shape.d_head == 128 && blocks <= n_sms { "attention_decode_d128w8" } else { symbol };
+    let symbol = match blocks {
+        _ if blocks <= n_sms => few,
+        _ if blocks <= 2 * n_sms => twice,
+        _ => many,
+    };
     Some(Decode { symbol, splits, tiles, part_floats: DECODE_ENTRIES * (shape.d_head + 2) })
 }
 
@@ -272,9 +281,8 @@ mod tests {
                 }
             }
         }
-        assert!(has("attention_decode", "attention_decode_d128w8"));
-        for (d_head, symbol) in DECODE_HEADS {
-            assert!(has("attention_decode", symbol));
+        for (d_head, symbols) in DECODE_HEADS {
+            assert!(symbols.iter().all(|symbol| has("attention_decode", symbol)));
             assert!(has("attention_prefill", &format!("attention_prefill_d{d_head}")));
             assert!(has("attention_prefill_hopper", &format!("attention_prefill_hopper_d{d_head}")));
         }
@@ -312,13 +320,41 @@ mod tests {
     }
 
     #[test]
+    fn few_outputs_are_shared_by_clusters_that_all_run_at_once() {
+        let long = streaming((32, 2048, 8192), 132, true);
+        assert_eq!((long.symbol, long.cluster, long.clusters, long.units), ("linear_w1n4", 3, 37, 7));
+        let square = streaming((32, 2048, 2048), 132, true);
+        assert_eq!((square.symbol, square.cluster), ("linear_w1n4", 3));
+        assert_eq!(streaming((64, 2048, 8192), 132, true).cluster, 3);
+        assert_eq!(streaming((64, 2048, 2048), 132, true).cluster, 2);
+        assert_eq!(streaming((32, 4096, 4096), 132, true).cluster, 2);
+    }
+
+    #[test]
+    fn a_graph_bucket_of_sequences_has_one_kernel() {
+        let shape =
+            DecodeShape { n_seqs: 1, max_rows: 1, n_heads: 32, n_kv_heads: 32, d_head: 64, block_size: 16 };
+        for bucket in [3..=4, 5..=8, 9..=16, 17..=32, 33..=64] {
+            let last = decode(DecodeShape { n_seqs: *bucket.end(), ..shape }, 132);
+            let all = bucket.clone().map(|n_seqs| decode(DecodeShape { n_seqs, ..shape }, 132));
+            assert!(all.into_iter().all(|choice| choice == last), "{bucket:?}");
+        }
+    }
+
+    #[test]
     fn a_single_long_sequence_is_split_and_many_are_not() {
         let shape =
             DecodeShape { n_seqs: 1, max_rows: 1, n_heads: 32, n_kv_heads: 32, d_head: 128, block_size: 16 };
         let one = decode(shape, 132).unwrap();
         assert_eq!((one.splits, one.symbol), (4, "attention_decode_d128w8"));
         let many = decode(DecodeShape { n_seqs: 64, ..shape }, 132).unwrap();
-        assert_eq!((many.splits, many.symbol), (1, "attention_decode_d128"));
+        assert_eq!((many.splits, many.symbol), (1, "attention_decode_d128s2"));
+        let wave = decode(DecodeShape { n_seqs: 8, ..shape }, 132).unwrap();
+        assert_eq!((wave.splits, wave.symbol), (1, "attention_decode_d128"));
+        for (n_seqs, symbol) in [(4, "attention_decode_d64w12"), (5, "attention_decode_d64s2")] {
+            let choice = decode(DecodeShape { n_seqs, d_head: 64, ..shape }, 132).unwrap();
+            assert_eq!(choice.symbol, symbol, "{n_seqs} sequences");
+        }
         assert_eq!(decode(DecodeShape { d_head: 24, ..shape }, 132), None);
         assert_eq!(decode(DecodeShape { block_size: 8, ..shape }, 132), None);
     }

@@ -88,11 +88,14 @@ pub const UNITS: &[Unit] = &[
         name: "attention_decode",
         files: &[source_file!("attention_decode.cu")],
         variants: &[
-            variant("ATTENTION_DECODE", "attention_decode_d64", &[64, 8, 4, 5]),
-            variant("ATTENTION_DECODE", "attention_decode_d80", &[80, 8, 4, 4]),
-            variant("ATTENTION_DECODE", "attention_decode_d96", &[96, 8, 4, 4]),
-            variant("ATTENTION_DECODE", "attention_decode_d128", &[128, 8, 4, 3]),
-            variant("ATTENTION_DECODE", "attention_decode_d128w8", &[128, 8, 8, 2]),
+            variant("ATTENTION_DECODE", "attention_decode_d64s2", &[64, 8, 4, 2, 4]),
+            variant("ATTENTION_DECODE", "attention_decode_d64w12", &[64, 8, 12, 2, 1]),
+            variant("ATTENTION_DECODE", "attention_decode_d80", &[80, 8, 4, 4, 2]),
+            variant("ATTENTION_DECODE", "attention_decode_d80s2", &[80, 8, 4, 2, 3]),
+            variant("ATTENTION_DECODE", "attention_decode_d96", &[96, 8, 4, 4, 2]),
+            variant("ATTENTION_DECODE", "attention_decode_d128", &[128, 8, 4, 3, 2]),
+            variant("ATTENTION_DECODE", "attention_decode_d128s2", &[128, 8, 4, 2, 3]),
+            variant("ATTENTION_DECODE", "attention_decode_d128w8", &[128, 8, 8, 2, 1]),
         ],
         archs: GENERAL,
     },
@@ -229,9 +232,9 @@ mod tests {
     #[test]
     fn variants_of_a_model_are_added() {
         let unit = Unit::find("attention_decode").unwrap();
-        let more = [variant("ATTENTION_DECODE", "attention_decode_d112", &[112, 8, 4, 3])];
+        let more = [variant("ATTENTION_DECODE", "attention_decode_d112", &[112, 8, 4, 3, 2])];
         let source = unit.program_with(Arch::SM_80, &more).source;
-        assert!(source.ends_with("ATTENTION_DECODE(attention_decode_d112_f16, F16, 112, 8, 4, 3)\n"));
+        assert!(source.ends_with("ATTENTION_DECODE(attention_decode_d112_f16, F16, 112, 8, 4, 3, 2)\n"));
     }
 
     /// Every unit that this GPU runs loads there, and none of its kernels has anything in local memory.

@@ -17,7 +17,9 @@
 // sequence), zero before and after; `partials`, floats [n_seqs, n_kv_heads · tiles, splits, 8 · (D + 2)].
 //
 // Which variant (measured on an H100), with blocks = n_seqs, rounded up to a power of two, · n_kv_heads · tiles and `sms`
-// multiprocessors: splits = max(1, sms / blocks); D = 128 and blocks ≤ sms: d128w8; else d64, d80, d96, d128.
+// multiprocessors: splits = max(1, sms / blocks); blocks ≤ sms: d64w12, d80, d96, d128w8, whose warps have a chunk or two
+// each where contexts are short; ≤ 2 · sms: d64s2, d80, d96, d128; more: d64s2, d80s2, d96, d128s2, whose short rings let
+// more blocks be on a multiprocessor, so that one's beginning and end hide behind the others.
 
 struct AttentionArgs {
     u16* out;
@@ -26,7 +28,7 @@ struct AttentionArgs {
     const u16* v;
     const u32* q_offsets;     // [n_seqs + 1]
     const u32* context_lens;  // [n_seqs]
-    const u32* block_tables;  // [n_seqs, max_blocks]
+    const u32* block_tables;  // [n_seqs, max_blocks], max_blocks at least 1; any number where no block is
     int max_blocks;
     int ld_qkv;
     int n_heads, n_kv_heads;
@@ -37,9 +39,10 @@ struct AttentionArgs {
     u32* counters;
 };
 
-template <int D_, int E_, int W_, int S_>
+template <int D_, int E_, int W_, int S_, int B_>
 struct DecodeShape {
     static constexpr int D = D_, E = E_, S = S_, WARPS = W_;
+    static constexpr int BLOCKS = B_;                  // of a multiprocessor at least, as registers go
     static constexpr int ROW = D * 2 + 16;             // bytes, an odd number of 16: no bank conflicts in ldmatrix
     static constexpr int HALF = 16 * ROW, CHUNK = 2 * HALF;
     static constexpr int RING = S * CHUNK;             // of a warp; in the end its sums [E][D] lie there
@@ -96,6 +99,9 @@ DEVICE void attention_decode(const AttentionArgs& args) {
     let_next_start();
 
     int seq = blockIdx.z, kv_head = blockIdx.y % args.n_kv_heads, tile = blockIdx.y / args.n_kv_heads;
+    // Most parts begin with the first chunk: their blocks are asked for before it is known which chunks are seen.
+    const u32* table = args.block_tables + (i64)seq * args.max_blocks;
+    u32 guess = table[min_of((warp + lane * WARPS) * 16 / args.block_size, args.max_blocks - 1)];
     int row0 = args.q_offsets[seq], n_rows = args.q_offsets[seq + 1] - row0;
     int context = args.context_lens[seq], first_position = context - n_rows;
     int group = args.n_heads / args.n_kv_heads;
@@ -112,10 +118,9 @@ DEVICE void attention_decode(const AttentionArgs& args) {
     int begin = low + n_chunks * rank / size + warp, end = low + n_chunks * (rank + 1) / size;
     int mine = begin < end ? div_ceil(end - begin, WARPS) : 0;
 
-    const u32* table = args.block_tables + (i64)seq * args.max_blocks;
     u32 ring = shared_address(shared) + warp * Sh::RING;
     auto block_of = [&](int i) { return i < mine ? table[(begin + i * WARPS) * 16 / args.block_size] : 0; };
-    u32 blocks = block_of(lane), next_blocks = block_of(32 + lane);
+    u32 blocks = begin == warp ? guess : block_of(lane), next_blocks = block_of(32 + lane);
     auto load = [&](int i) {
         u32 block = __shfl_sync(~0u, blocks, i & 31);
         copy_chunk<Sh>(args, block, kv_head, (begin + i * WARPS) * 16, context, ring + i % S * Sh::CHUNK, lane);
@@ -294,11 +299,10 @@ DEVICE void attention_decode(const AttentionArgs& args) {
     }
 }
 
-// Two blocks of four warps, or one of eight, have a multiprocessor.
-#define ATTENTION_DECODE(name, T, ...)                                                                  \
-    KERNEL __launch_bounds__(DecodeShape<__VA_ARGS__>::WARPS * 32, 8 / DecodeShape<__VA_ARGS__>::WARPS)  \
-    name(const __grid_constant__ AttentionArgs args) {                                                  \
-        attention_decode<T, DecodeShape<__VA_ARGS__>>(args);                                            \
-    }                                                                                                   \
-    extern "C" __device__ const int name##_shared = DecodeShape<__VA_ARGS__>::SHARED;                   \
+#define ATTENTION_DECODE(name, T, ...)                                                                      \
+    KERNEL __launch_bounds__(DecodeShape<__VA_ARGS__>::WARPS * 32, DecodeShape<__VA_ARGS__>::BLOCKS)         \
+    name(const __grid_constant__ AttentionArgs args) {                                                      \
+        attention_decode<T, DecodeShape<__VA_ARGS__>>(args);                                                \
+    }                                                                                                       \
+    extern "C" __device__ const int name##_shared = DecodeShape<__VA_ARGS__>::SHARED;                       \
     extern "C" __device__ const int name##_threads = DecodeShape<__VA_ARGS__>::WARPS * 32;

@@ -3,7 +3,7 @@
 // Layout: residual, delta, normed [rows, d], bias and the norm's vectors [d]; 16-byte aligned if d is a multiple of 8.
 // Bound by latency for few rows, by memory for many. The norm is taken of the sum before it is rounded.
 //
-// A block takes a row and keeps it in registers; mean and variance take two passes over them. The vectors do not depend
+// A block takes a row and keeps it in registers; the squares are taken about each warp's mean. The vectors do not depend
 // on the kernel before and are asked for before the wait.
 //
 // Launch: grid rows, threads = align_up(div_ceil(d, V · N), 32); V · N elements are a thread's: 8 in `add_bias_norm`
@@ -48,14 +48,8 @@ DEVICE void store_row(u16* to, const float (&x)[V]) {
     }
 }
 
-// The sum over the block, in one fixed order; `slots` is not used again before a barrier.
-DEVICE float block_sum(float x, float* slots) {
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
-    int warps = blockDim.x / 32;
-    if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = x;
-    __syncthreads();
-    x = (threadIdx.x & 31) < warps ? slots[threadIdx.x & 31] : 0.0f;
+// The sum over a warp.
+DEVICE float warp_sum(float x) {
 #pragma unroll
     for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
     return x;
@@ -63,7 +57,7 @@ DEVICE float block_sum(float x, float* slots) {
 
 template <class T, int V, int N>
 DEVICE void add_bias_norm(const NormArgs& args) {
-    __shared__ float slots[2][32];
+    __shared__ float4 warps[32];  // of each: its sum, its squares about its own mean, how many, that mean
     let_next_start();
     i64 row = (i64)blockIdx.x * args.d;
     float x[N][V], weight[N][V], norm_bias[N][V];
@@ -80,7 +74,10 @@ DEVICE void add_bias_norm(const NormArgs& args) {
         if (EARLY) load_vectors(n);
     }
     wait_for_previous();
-    bool changed = args.delta || args.bias;
+    bool changed = (args.delta || args.bias) && !args.keep_normed;
+    auto store_sum = [&](int n) {
+        if (inside(n) && changed) store_row<T, V>(args.residual + row + at(n), x[n]);
+    };
     float sum = 0.0f;
 #pragma unroll
     for (int n = 0; n < N; n++) {
@@ -92,19 +89,52 @@ DEVICE void add_bias_norm(const NormArgs& args) {
             x[n][v] = residual[v] + (delta[v] + x[n][v]);
             sum += x[n][v];
         }
-        if (inside(n) && changed && !args.keep_normed) store_row<T, V>(args.residual + row + at(n), x[n]);
+        if constexpr (!EARLY) store_sum(n);
+    }
+    // Not above, where registers suffice: a load does not pass a store that it may depend on.
+    if constexpr (EARLY) {
+#pragma unroll
+        for (int n = 0; n < N; n++) store_sum(n);
     }
     if (args.weight) {
-        float mean = args.norm_bias ? block_sum(sum, slots[0]) / args.d : 0.0f, square = 0.0f;
+        // A warp takes the squares about its own mean, and what the means differ is added after the only barrier.
+        int warp = threadIdx.x / 32, count = 0;  // elements of this warp
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            if constexpr (EARLY) {
+                count += max_of(0, min_of(32 * V, args.d - (n * (int)blockDim.x + warp * 32) * V));
+            } else {
+                count += __popc(__ballot_sync(~0u, inside(n)));  // takes fewer registers
+            }
+        }
+        sum = warp_sum(sum);
+        float own = args.norm_bias && count > 0 ? sum / count : 0.0f, square = 0.0f;
 #pragma unroll
         for (int n = 0; n < N; n++) {
 #pragma unroll
             for (int v = 0; v < V; v++) {
-                float centred = inside(n) ? x[n][v] - mean : 0.0f;
+                float centred = inside(n) ? x[n][v] - own : 0.0f;
                 square = fmaf(centred, centred, square);
             }
         }
-        float scale = 1.0f / sqrtf(block_sum(square, slots[1]) / args.d + args.eps);
+        square = warp_sum(square);
+        if (threadIdx.x % 32 == 0) warps[warp] = make_float4(sum, square, count, own);
+        __syncthreads();
+        float mean = 0.0f;
+        int n_warps = blockDim.x / 32;
+        if (args.norm_bias) {
+#pragma unroll (N > 2 ? 1 : T::is_f16 ? 4 : 8)
+            for (int w = 0; w < n_warps; w++) mean += warps[w].x;
+            mean /= args.d;
+        }
+        square = 0.0f;
+#pragma unroll (N > 2 ? 1 : T::is_f16 ? 4 : 8)
+        for (int w = 0; w < n_warps; w++) {
+            float4 of = warps[w];
+            float apart = of.w - mean;
+            square += fmaf(of.z * apart, apart, of.y);
+        }
+        float scale = 1.0f / sqrtf(square / args.d + args.eps);
 #pragma unroll
         for (int n = 0; n < N; n++) {
             if (!EARLY) load_vectors(n);
