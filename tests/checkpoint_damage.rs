@@ -74,6 +74,33 @@ fn damage_is_refused_by_name_where_it_is_read() {
     }
 }
 
+/// Large tensors are hashed while others are taken: what is wrong with one is told before anything is computed.
+#[test]
+fn damage_of_a_large_tensor_is_refused_by_its_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let demo = checkpoints::open(&fixture_dir("../../crates/dist-cli/assets/demo-model"));
+    let exported = checkpoints::export(&demo, &Split { tp: 1, stages: vec![6] }, &dir.path().join("demo"));
+    let manifest = std::fs::read(exported.join("manifest.json")).unwrap();
+    let manifest = Manifest::parse("manifest.json", &manifest).unwrap();
+    let tensor = manifest.tensors.iter().max_by_key(|tensor| tensor.place.as_ref().unwrap().length).unwrap();
+    let place = tensor.place.as_ref().unwrap();
+    assert!(place.length > 256 << 10, "{} is large", tensor.name);
+    let path = exported.join("weights.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let take_all = || {
+        let checkpoint = checkpoints::open(&exported);
+        for spec in decoder_specs(checkpoint.config()).iter().filter(|spec| spec.shape.len() == 2) {
+            checkpoint.weight(spec, 1, 0)?;
+        }
+        checkpoint.compared()
+    };
+    take_all().unwrap();
+    bytes[(place.offset + place.length / 2) as usize] ^= 1;
+    std::fs::write(&path, &bytes).unwrap();
+    let told = take_all().unwrap_err().to_string();
+    assert!(told.contains(&tensor.name) && told.contains("SHA-256"), "{told}");
+}
+
 #[test]
 fn damage_is_found_by_verify_all_at_once() {
     let split = Split { tp: 2, stages: vec![3] };

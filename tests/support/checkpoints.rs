@@ -121,6 +121,7 @@ fn try_take_rank(checkpoint: &Checkpoint, split: &Split, rank: Rank) -> Result<u
             checkpoint.weight(&spec, tp, coord.tp)?;
         }
     }
+    checkpoint.compared()?;
     Ok(n_bytes)
 }
 

@@ -42,7 +42,7 @@ pub struct OpenOptions {
 
 /// Where the weights come from.
 enum Weights {
-    Stored(Stored),
+    Stored(Box<Stored>),
     Random(Random),
 }
 
@@ -95,7 +95,7 @@ impl Checkpoint {
             file: file("tokenizer.json"),
             bytes: bytes.to_vec(),
         });
-        Ok(Self { config, weights: Weights::Stored(stored), tokenizer, manifest: None })
+        Ok(Self { config, weights: Weights::Stored(Box::new(stored)), tokenizer, manifest: None })
     }
 
     /// A model of random weights, N(0, 0.02), for measuring: a function of seed, canonical name and global row-major
@@ -187,6 +187,15 @@ impl Checkpoint {
     /// What tells exported checkpoints apart, the same for every split of the same export.
     pub fn identity(&self) -> Option<Digest> {
         self.manifest.as_ref().map(|manifest| manifest.identity())
+    }
+
+    /// Waits until all that was taken so far has been compared to its hashes, and names what is not as it was written.
+    /// Small tensors are compared when they are taken, large ones meanwhile.
+    pub fn compared(&self) -> Result<(), CheckpointError> {
+        match &self.weights {
+            Weights::Stored(stored) => stored.compared(),
+            Weights::Random(_) => Ok(()),
+        }
     }
 
     /// How much of each file was read or lent out until now.

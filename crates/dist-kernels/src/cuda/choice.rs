@@ -1,6 +1,11 @@
 //! Which variant of a kernel a shape runs on, and the shape of its launch. A choice depends on the number of rows only by
 //! its bucket, so that a row gives the same bits alone and among others of its bucket.
 
+mod gemm;
+
+use gemm::clusters_at_once;
+pub(super) use gemm::gemm;
+
 /// A kernel of `linear` for few rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Streaming {
@@ -71,94 +76,6 @@ pub(super) fn streaming((rows, n, k): (usize, usize, usize), n_sms: usize, is_ho
     let at_once = clusters_at_once(cluster, n_sms).expect("clusters of the table are of known sizes");
     let units = groups.div_ceil(at_once);
     Streaming { unit, symbol, clusters: groups.div_ceil(units), cluster, units }
-}
-
-/// A tile of `gemm_hopper`: its symbol, rows, outputs, and nanoseconds that 64 inputs take it (one H100, measured).
-type Tile = (&'static str, usize, usize, f64);
-
-const TILES: [Tile; 6] = [
-    ("gemm_hopper_t128x64", 128, 64, 260.0),
-    ("gemm_hopper_t128x128", 128, 128, 390.0),
-    ("gemm_hopper_t128x192", 128, 192, 585.0),
-    ("gemm_hopper_t128x256", 128, 256, 740.0),
-    ("gemm_hopper_t256x64", 256, 64, 480.0),
-    ("gemm_hopper_t256x128", 256, 128, 735.0),
-];
-/// Clusters of tiles, rows by columns.
-const CLUSTERS: [(usize, usize); 6] = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (4, 1)];
-const SPLITS: [usize; 4] = [1, 2, 3, 4];
-/// Rows that share what L2 holds.
-const GROUP_ROWS: usize = 2048;
-
-/// A launch of `gemm_hopper`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Gemm {
-    /// Without its type.
-    pub(super) symbol: &'static str,
-    /// Rows and outputs of a tile.
-    pub(super) tile: (usize, usize),
-    /// Tiles of a cluster: below each other, beside each other.
-    pub(super) cluster: (usize, usize),
-    /// Parts of the inputs.
-    pub(super) splits: usize,
-    /// Clusters of rows that are taken together.
-    pub(super) group: usize,
-    /// Clusters of the launch.
-    pub(super) clusters: usize,
-}
-
-/// Clusters of `size` blocks that an H100 holds at once, for `n_sms` multiprocessors; not all of its parts are whole.
-fn clusters_at_once(size: usize, n_sms: usize) -> Option<usize> {
-    let of_132 = match size {
-        1 => 132,
-        2 => 66,
-        3 => 39,
-        4 => 30,
-        6 => 17,
-        8 => 15,
-        _ => return None,
-    };
-    Some((of_132 * n_sms / 132).max(1))
-}
-
-/// The launch that a simple model takes for the fastest: waves of clusters, each bound by the tensor cores, by L2 or,
-/// all together, by reading the weight.
-pub(super) fn gemm(rows: usize, n: usize, k: usize, n_sms: usize) -> Gemm {
-    let (mut best, mut least) = (None, f64::INFINITY);
-    for (symbol, bm, bn, ns) in TILES {
-        if bm == 256 && (rows <= 128 || rows.div_ceil(128) % 2 == 1) {
-            continue;
-        }
-        for (below, beside) in CLUSTERS {
-            if below > rows.div_ceil(bm) || bn / below % 8 != 0 {
-                continue;
-            }
-            let groups = rows.div_ceil(bm * below) * n.div_ceil(bn * beside);
-            for splits in SPLITS {
-                let size = below * beside * splits;
-                let Some(at_once) = clusters_at_once(size, n_sms) else { continue };
-                // The parts of a tile's inputs must run at once, and the largest tiles have no room for others' sums.
-                if splits > 1 && (groups > at_once || bm == 256 || bn == 256 || splits > k.div_ceil(64)) {
-                    continue;
-                }
-                let l2_ns = (bm.min(rows) / beside + bn / below) as f64 * 128.0 / 50.0;
-                let steps = k.div_ceil(64).div_ceil(splits) as f64;
-                let us_wave = ns.max(l2_ns) / 1e3 * steps + 1.2;
-                let busy = (groups.min(at_once) * size) as f64;
-                let us_reading = (2 * n * k) as f64 / 2.9e6 * (90.0 / busy).max(1.0);
-                let us_adding = if splits > 1 { 2.0 } else { 0.0 };
-                let us = us_reading.max(us_wave * groups.div_ceil(at_once) as f64) + us_adding;
-                if us < least {
-                    least = us;
-                    let clusters = if splits > 1 { groups } else { groups.min(at_once) };
-                    let group = (GROUP_ROWS / (bm * below)).max(1);
-                    let (tile, cluster) = ((bm, bn), (below, beside));
-                    best = Some(Gemm { symbol, tile, cluster, splits, group, clusters });
-                }
-            }
-        }
-    }
-    best.expect("the first tile takes every shape")
 }
 
 /// A kernel of `gemm` without its type, its tile and its threads.
@@ -247,21 +164,21 @@ pub(super) fn norm(d: usize) -> Option<(&'static str, u32)> {
     Some((symbol, (d.div_ceil(per_thread).next_multiple_of(32)) as u32))
 }
 
-/// Whether every symbol above is one of its unit's: a name that is mistyped would be found at run time only.
-#[cfg(test)]
-fn has(unit: &str, symbol: &str) -> bool {
-    super::units::Unit::find(unit).is_some_and(|unit| {
-        let made = unit.variants.iter().any(|variant| variant.symbol == symbol);
-        let written =
-            |end: &str| unit.files.iter().any(|file| file.text.contains(&format!("{symbol}_{end}")));
-        let pasted = unit.files.iter().any(|file| file.text.contains(&format!("({symbol}_##dtype,")));
-        made || pasted || (written("bf16") && written("f16"))
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::units::Unit;
     use super::*;
+
+    /// Whether every symbol above is one of its unit's: a name that is mistyped would be found at run time only.
+    pub(super) fn has(unit: &str, symbol: &str) -> bool {
+        Unit::find(unit).is_some_and(|unit| {
+            let made = unit.variants.iter().any(|variant| variant.symbol == symbol);
+            let written =
+                |end: &str| unit.files.iter().any(|file| file.text.contains(&format!("{symbol}_{end}")));
+            let pasted = unit.files.iter().any(|file| file.text.contains(&format!("({symbol}_##dtype,")));
+            made || pasted || (written("bf16") && written("f16"))
+        })
+    }
 
     #[test]
     fn every_choice_is_a_kernel_that_there_is_and_covers_all_outputs() {
@@ -290,22 +207,6 @@ mod tests {
             let (symbol, threads) = norm(d).unwrap();
             assert!(has("norm", symbol) && threads <= 1024, "{d}: {symbol} {threads}");
         }
-    }
-
-    #[test]
-    fn gemms_have_tiles_that_fit_their_rows() {
-        for rows in [65, 128, 129, 300, 1024, 8192] {
-            for (n, k) in [(40, 64), (4096, 4096), (12288, 4096), (4096, 16384), (50257, 768)] {
-                let choice = gemm(rows, n, k, 132);
-                assert!(has("gemm_hopper", choice.symbol), "{choice:?}");
-                let blocks = choice.clusters * choice.cluster.0 * choice.cluster.1 * choice.splits;
-                assert!(blocks <= 132, "{choice:?}");
-                assert!(choice.tile.0 == 128 || rows > 128, "{rows} rows: {choice:?}");
-            }
-        }
-        // Little to do is shared by more blocks, along the inputs.
-        assert!(gemm(128, 4096, 16384, 132).splits > 1);
-        assert_eq!(gemm(8192, 16384, 4096, 132).splits, 1);
     }
 
     #[test]

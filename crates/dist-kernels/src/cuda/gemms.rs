@@ -185,7 +185,7 @@ fn source_hash(capability: (u32, u32)) -> String {
             hash.update(unit.program(arch).source.as_bytes());
         }
     }
-    hash.update(include_str!("choice.rs"));
+    hash.update(include_str!("choice/gemm.rs"));
     hex(&hash.finalize())
 }
 

@@ -19,6 +19,8 @@ pub(super) struct Kernel {
     pub(super) threads: u32,
     /// Rows of a block's tile, if its unit says so.
     pub(super) rows: u32,
+    /// Columns that are stored at once, if its unit says so.
+    pub(super) part: u32,
     /// Elements of a head that the copy engine swizzles together, if its unit says so.
     pub(super) atom: u32,
 }
@@ -47,7 +49,8 @@ impl Kernels {
         let told =
             |what| -> Result<u32> { Ok(module.integer(&format!("{symbol}_{what}"))?.unwrap_or(0) as u32) };
         let (threads, rows, atom) = (told("threads")?, told("rows")?, told("atom")?);
-        let kernel = Rc::new(Kernel { function: module.function(symbol)?, threads, rows, atom });
+        let part = told("part")?;
+        let kernel = Rc::new(Kernel { function: module.function(symbol)?, threads, rows, part, atom });
         self.loaded.insert(symbol.to_owned(), Rc::clone(&kernel));
         Ok(kernel)
     }

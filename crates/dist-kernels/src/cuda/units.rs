@@ -105,10 +105,13 @@ pub const UNITS: &[Unit] = &[
         files: &[LINEAR_PARTS, source_file!("gemm_hopper.cuh"), source_file!("gemm_hopper.cu")],
         variants: &[
             variant("GEMM", "gemm_hopper_t128x64", &[128, 64]),
+            variant("GEMM", "gemm_hopper_t128x96", &[128, 96]),
             variant("GEMM", "gemm_hopper_t128x128", &[128, 128]),
+            variant("GEMM", "gemm_hopper_t128x160", &[128, 160]),
             variant("GEMM", "gemm_hopper_t128x192", &[128, 192]),
             variant("GEMM", "gemm_hopper_t128x256", &[128, 256]),
             variant("GEMM", "gemm_hopper_t256x64", &[256, 64]),
+            variant("GEMM", "gemm_hopper_t256x96", &[256, 96]),
             variant("GEMM", "gemm_hopper_t256x128", &[256, 128]),
         ],
         archs: HOPPER,

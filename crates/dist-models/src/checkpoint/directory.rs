@@ -86,7 +86,7 @@ pub(super) fn open(dir: &Path, options: OpenOptions) -> Result<Checkpoint, Check
     };
     let stored = Stored::resolve(&place, family, &mut config, files, &raw)?;
     let tokenizer = TokenizerFrom::Directory(dir.to_owned());
-    Ok(Checkpoint { config, weights: Weights::Stored(stored), tokenizer, manifest: None })
+    Ok(Checkpoint { config, weights: Weights::Stored(Box::new(stored)), tokenizer, manifest: None })
 }
 
 fn check_is_directory(dir: &Path) -> Result<(), CheckpointError> {

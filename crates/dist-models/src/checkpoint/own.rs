@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use dist_core::plan::TOKEN_TABLE;
 use dist_core::{Rank, TensorSpec};
@@ -156,11 +156,12 @@ pub(crate) fn assemble(dir: &Path, manifest: Arc<Manifest>, reading: Reading) ->
         entries: entries.all,
         head_table: entries.head_table,
         n_bytes: manifest.specs().iter().map(|spec| spec.n_bytes() as u64).sum(),
+        hashing: Mutex::default(),
     };
     let has_tokenizer = !manifest.tokenizer.is_empty();
     Checkpoint {
         config: manifest.model.clone(),
-        weights: Weights::Stored(stored),
+        weights: Weights::Stored(Box::new(stored)),
         tokenizer: if has_tokenizer {
             TokenizerFrom::Directory(dir.to_owned())
         } else {

@@ -2,12 +2,14 @@
 
 mod cuts;
 mod file;
+mod hashing;
 mod resolve;
 mod rows;
 
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use dist_core::{DType, TensorSpec};
 use dist_kernels::weight::Layout;
@@ -15,6 +17,7 @@ use dist_kernels::weight::Layout;
 use super::error::CheckpointError;
 use crate::manifest::Origin;
 pub(super) use file::{Seal, Storage, TensorFile};
+use hashing::{Hashed, Hashing};
 
 /// A piece of a canonical tensor: some of its outputs by some of its inputs, as it lies in a file.
 #[derive(Clone, Debug)]
@@ -75,6 +78,8 @@ pub(super) struct Stored {
     /// The token table as the last stage holds it, where that is a file of its own.
     pub(super) head_table: Option<Entry>,
     pub(super) n_bytes: u64,
+    /// Large tensors that are being compared to their hashes.
+    pub(super) hashing: Mutex<Hashing>,
 }
 
 /// How much of a file was read or lent out as a view.
@@ -89,6 +94,18 @@ pub struct Touched {
 impl Stored {
     pub(super) fn n_bytes(&self) -> u64 {
         self.n_bytes
+    }
+
+    /// Waits until all that was taken so far has been compared to its hashes.
+    pub(super) fn compared(&self) -> Result<(), CheckpointError> {
+        let mut hashing = self.hashing.lock().unwrap_or_else(PoisonError::into_inner);
+        tracing::debug!(n = hashing.n_out(), "tensors are still being hashed");
+        let mut told = Ok(());
+        while let Some(Hashed { file, tensor, digest }) = hashing.next() {
+            let compared = self.files[file].compared(&tensor, digest);
+            told = told.and(compared);
+        }
+        told
     }
 
     pub(super) fn touched(&self) -> Vec<Touched> {

@@ -194,6 +194,7 @@ impl<B: Backend> Decoder<B> {
         let tables = if is_first { Some(loader.tables()?) } else { None };
         let blocks = plan.layers(stage).map(|layer| loader.block(config, layer)).collect::<Result<_, _>>()?;
         let head = if is_last { Some(loader.head(config.block.norm_eps)?) } else { None };
+        checkpoint.compared()?;
         let vocab_share = config.n_vocab.div_ceil(tp);
         let shape = Shape {
             d_model: config.d_model,

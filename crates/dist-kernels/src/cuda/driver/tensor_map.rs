@@ -29,7 +29,7 @@ pub struct TensorMapSpec {
     pub ld: usize,
     /// Rows of a box, at most 256.
     pub box_rows: u32,
-    /// Columns of a box: 64 at most, which is 128 bytes, swizzled as tensor cores read them.
+    /// Columns of a box: 64 or 32, which are 128 or 64 bytes, swizzled as tensor cores read them.
     pub box_columns: u32,
 }
 
@@ -88,6 +88,10 @@ impl Context {
         let mut map = TensorMap(CUtensorMap { opaque: [0; 16] });
         let (dims, strides) = ([spec.columns as u64, spec.rows as u64], [spec.ld as u64 * 2]);
         let (boxes, steps) = ([spec.box_columns, spec.box_rows], [1_u32, 1]);
+        let swizzle = match spec.box_columns {
+            32 => Swizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+            _ => Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+        };
         // SAFETY: the arrays have two dimensions, and one stride less, as the call is told.
         let status = unsafe {
             sys::cuTensorMapEncodeTiled(
@@ -100,7 +104,7 @@ impl Context {
                 boxes.as_ptr(),
                 steps.as_ptr(),
                 Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                swizzle,
                 Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 Outside::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )

@@ -207,26 +207,26 @@ impl CudaBackend {
         let (rows, n, k) = (linear.rows as usize, linear.n as usize, linear.k as usize);
         let choice = choice::gemm(rows, n, k, self.context.info().n_sms);
         let ((below, beside), (bm, bn)) = (choice.cluster, choice.tile);
-        let map = |address, (rows, columns, ld), box_rows: usize| {
+        let symbol = format!("{}_{}", choice.symbol, suffix(product.dtype));
+        let kernel = self.kernels.get("gemm_hopper", &symbol)?;
+        let map = |address, (rows, columns, ld), box_rows: usize, box_columns| {
             let box_rows = box_rows as u32;
-            self.context.tensor_map(&TensorMapSpec { address, rows, columns, ld, box_rows, box_columns: 64 })
+            self.context.tensor_map(&TensorMapSpec { address, rows, columns, ld, box_rows, box_columns })
         };
-        let x = map(linear.x, (rows, k, k), bm / beside)?;
-        let weight = map(linear.weight, (n, k, linear.ld_weight as usize), bn / below)?;
+        let x = map(linear.x, (rows, k, k), bm / beside, 64)?;
+        let weight = map(linear.weight, (n, k, linear.ld_weight as usize), bn / below, 64)?;
         // Not read where the copy engine does not store.
         let stores = linear.out_f32 == 0 && n % 8 == 0;
-        let out = if stores { map(linear.out, (rows, n, n), GEMM_BOX_ROWS)? } else { x };
+        let out = if stores { map(linear.out, (rows, n, n), GEMM_BOX_ROWS, kernel.part)? } else { x };
         let params = GemmParams {
             linear,
             rows_of_cluster: below as i32,
             columns_of_cluster: beside as i32,
             splits: choice.splits as i32,
             group: choice.group as i32,
-            spread: 0,
+            spread: i32::from(choice.spread),
             padding: 0,
         };
-        let symbol = format!("{}_{}", choice.symbol, suffix(product.dtype));
-        let kernel = self.kernels.get("gemm_hopper", &symbol)?;
         let size = below * beside * choice.splits;
         let mut launch = kernel.function.over([(choice.clusters * size) as u32, 1, 1], GEMM_THREADS);
         launch.cluster = size as u32;

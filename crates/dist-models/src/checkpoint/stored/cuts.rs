@@ -1,12 +1,14 @@
 //! The cuts that a rank holds: views of what is mapped, copies of what is read or lies in several files.
 
 use std::ops::Range;
+use std::sync::PoisonError;
 
 use dist_core::{DType, TensorSpec};
 use dist_kernels::weight::{HostBytes, HostPart, HostWeight, Layout};
 use half::{bf16, f16};
 
 use super::file::Rect;
+use super::hashing::{Job, LARGE, hash};
 use super::{Entry, Source, Storage, Stored, overlap};
 use crate::checkpoint::error::CheckpointError;
 use crate::checkpoint::map::Fresh;
@@ -104,8 +106,22 @@ impl Stored {
     fn compare(&self, tensor: &str, mut taken: Vec<Taken>) -> Result<(), CheckpointError> {
         taken.sort_by_key(|taken| (taken.file, taken.offset));
         for of_file in taken.chunk_by(|a, b| a.file == b.file) {
-            let pieces = of_file.iter().map(|taken| &taken.bytes.as_slice()[taken.at..taken.at + taken.len]);
-            self.files[of_file[0].file].compare(tensor, pieces)?;
+            let file = &self.files[of_file[0].file];
+            let len = of_file.iter().map(|taken| taken.len).sum();
+            if len < LARGE {
+                let piece = |taken: &'_ Taken| taken.at..taken.at + taken.len;
+                let pieces = of_file.iter().map(|taken| &taken.bytes.as_slice()[piece(taken)]);
+                file.compare(tensor, pieces)?;
+            } else if file.wants_comparing(tensor, len) {
+                let pieces = of_file.iter().map(|taken| (taken.bytes.clone(), taken.at, taken.len));
+                let (tensor, pieces) = (tensor.to_owned(), pieces.collect());
+                let job = Job { file: of_file[0].file, tensor, pieces };
+                let pushed = self.hashing.lock().unwrap_or_else(PoisonError::into_inner).push(job);
+                // Where no thread can be started it is done here.
+                if let Err(Job { tensor, pieces, .. }) = pushed {
+                    file.compared(&tensor, hash(&pieces, &mut vec![0; LARGE]))?;
+                }
+            }
         }
         Ok(())
     }

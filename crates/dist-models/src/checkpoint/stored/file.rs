@@ -187,17 +187,26 @@ impl TensorFile {
         tensor: &str,
         pieces: impl Iterator<Item = &'a [u8]> + Clone,
     ) -> Result<(), CheckpointError> {
-        let Some(seal) = self.seal.as_ref().filter(|seal| seal.compares) else { return Ok(()) };
-        let Some(slot) = seal.layout.slot(tensor) else { return Ok(()) };
-        let n_bytes: usize = pieces.clone().map(<[u8]>::len).sum();
-        let compared = || self.compared.lock().unwrap_or_else(PoisonError::into_inner);
-        if n_bytes as u64 != slot.length || compared().contains(tensor) {
+        if !self.wants_comparing(tensor, pieces.clone().map(<[u8]>::len).sum()) {
             return Ok(());
         }
         let mut hasher = Sha256::new();
         pieces.for_each(|piece| hasher.update(piece));
-        self.expect(tensor, Digest(hasher.finalize().into()))?;
-        compared().insert(tensor.to_owned());
+        self.compared(tensor, Ok(Digest(hasher.finalize().into())))
+    }
+
+    /// Whether so many bytes are all of a tensor of the file, which has not been compared to its hash.
+    pub(super) fn wants_comparing(&self, tensor: &str, n_bytes: usize) -> bool {
+        let slot = self.seal.as_ref().filter(|seal| seal.compares).and_then(|seal| seal.layout.slot(tensor));
+        let compared = || self.compared.lock().unwrap_or_else(PoisonError::into_inner);
+        slot.is_some_and(|slot| n_bytes as u64 == slot.length) && !compared().contains(tensor)
+    }
+
+    /// Takes in what a tensor's hash was found to be.
+    pub(super) fn compared(&self, tensor: &str, digest: io::Result<Digest>) -> Result<(), CheckpointError> {
+        let digest = digest.map_err(|source| CheckpointError::Read { path: self.path.clone(), source })?;
+        self.expect(tensor, digest)?;
+        self.compared.lock().unwrap_or_else(PoisonError::into_inner).insert(tensor.to_owned());
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Mutex;
 
 use dist_core::{DType, ModelConfig, Placement, TensorSpec, decoder_specs};
 use dist_kernels::weight::Layout;
@@ -166,6 +167,7 @@ impl Stored {
         }
         let most = bytes_of.into_iter().max_by_key(|&(dtype, size)| (size, dtype.bytes()));
         config.weight_dtype = most.map_or(config.weight_dtype, |(dtype, _)| dtype);
-        Ok(Self { name: config.name.clone(), files, entries, head_table: None, n_bytes })
+        let (name, hashing) = (config.name.clone(), Mutex::default());
+        Ok(Self { name, files, entries, head_table: None, n_bytes, hashing })
     }
 }
