@@ -72,9 +72,9 @@ fn requests(prompts: &[Vec<u32>], n: usize, logprobs: Option<u32>) -> Vec<(Vec<u
 }
 
 #[test]
-fn a_graph_gives_the_bits_of_its_steps() {
+fn a_recorded_step_gives_the_bits_of_its_launches() {
     for name in NAMES {
-        let Some(gpu) = gpu("a_graph_gives_the_bits_of_its_steps") else { return };
+        let Some(gpu) = gpu("a_recorded_step_gives_the_bits_of_its_launches") else { return };
         let (checkpoint, cases) = fixture(name);
         let plan = plan_of(&checkpoint);
         let mut engine = Engine::new(start(gpu, &checkpoint, &plan), Followers::None, &plan, None);
