@@ -4,8 +4,5 @@
 mod choice;
 mod places;
 
-pub use choice::{DeviceChoice, GpuAsked, Usable, choose, usable};
+pub use choice::{DeviceChoice, GpuAsked, choose, usable};
 pub use places::{kernel_cache, libraries};
-
-/// Whether models run on GPUs in this version.
-pub const HAS_BACKEND: bool = true;

@@ -18,6 +18,7 @@ use crate::launch::{LocalRanks, Split};
 use crate::machine::gigabytes;
 use crate::model::Model;
 use crate::problem::Problem;
+use crate::render::Console;
 
 /// Tokens of a KV block.
 pub const BLOCK_SIZE: usize = 16;
@@ -80,6 +81,15 @@ impl DeviceReport {
             DeviceKind::Cuda if stored == DType::F32 => self.cast.unwrap_or(DType::BF16),
             DeviceKind::Cuda => stored,
         }
+    }
+}
+
+/// Says that a GPU does not compute with the weights as they are stored, if that is so.
+pub fn tell_cast(console: &Console, model: &Model, device: &DeviceReport) {
+    if let (Some(cast), DType::F32) = (device.cast, model.config().weight_dtype) {
+        console.note(&format!(
+            "weights in f32 are rounded to {cast} on the GPU; --device cpu takes them as they are"
+        ));
     }
 }
 

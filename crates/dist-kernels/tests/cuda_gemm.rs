@@ -132,7 +132,10 @@ fn own_kernels_and_the_library_give_what_the_cpu_gives() {
                     let found = product.run(&mut gpu, product.dtype, end, (0, rows));
                     let by_library = gpu.n_products_of_library() - before;
                     let expected = product.run(&mut cpu, DType::F32, end, (0, rows));
-                    let most = if matches!(end, End::Logits) { 2e-6 } else { bound(product.dtype) };
+                    // The library adds in an order of its own: random errors of k sums in f32.
+                    let of_sums =
+                        if by_library > 0 { 4.0 * (k as f64).sqrt() * 2.0_f64.powi(-24) } else { 2e-6 };
+                    let most = if matches!(end, End::Logits) { of_sums } else { bound(product.dtype) };
                     assert_near(&what, &found, &expected, most);
                     let may = gemm == GemmChoice::Library && end.is_for_library();
                     // What is not aligned the library may refuse.

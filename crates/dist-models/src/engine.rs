@@ -5,10 +5,11 @@ mod text;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{SendError, Sender};
+use std::time::Instant;
 
 use dist_comm::ControlError;
-use dist_core::Rank;
 use dist_core::plan::Plan;
+use dist_core::{Rank, TensorSpec};
 use dist_kernels::{Backend, KernelError};
 
 use crate::checkpoint::Checkpoint;
@@ -95,7 +96,13 @@ pub fn start_rank<B: Backend>(
     rank: Rank,
     progress: OnProgress<'_>,
 ) -> Result<Runner<B>, EngineError> {
+    let start = Instant::now();
     let decoder = Decoder::load(&mut backend, checkpoint, plan, rank, progress)?;
+    backend.synchronize()?;
+    let seconds = start.elapsed().as_secs_f64();
+    let local = |spec: &TensorSpec| spec.byte_ranges(plan.mesh.tp, plan.mesh.coord(rank).tp);
+    let n_bytes: usize = plan.specs(rank).iter().flat_map(local).map(|range| range.len()).sum();
+    tracing::info!(gigabytes_per_s = n_bytes as f64 / 1e9 / seconds, seconds, "weights taken in");
     // Before the cache takes what is free.
     let limits = plan.limits;
     backend.tune(&decoder.products(), limits.max_batch_tokens)?;

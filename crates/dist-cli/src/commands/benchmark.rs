@@ -45,6 +45,7 @@ fn report<B: Device>(
     console.note("measuring what this machine can do");
     // All its ranks together, before any of them runs.
     let (mut all_cores, device) = B::open_as(request.device)?;
+    session::tell_cast(console, &model, &device);
     let ceilings = all_cores.ceilings()?;
     drop(all_cores);
     let (backend, _) = B::open_as(launch.share(request.device))?;

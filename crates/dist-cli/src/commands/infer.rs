@@ -63,6 +63,7 @@ impl<B: Device> Ready<B> {
         console.phase("open model, encode prompts", start.elapsed());
 
         let (backend, device) = B::open_as(launch.share(request.device))?;
+        session::tell_cast(console, &model, &device);
         let crew = Crew::gather(launch, &model, backend.free_bytes()?, console)?;
         let start = Instant::now();
         let demand = demand(&jobs, max_seq_len);

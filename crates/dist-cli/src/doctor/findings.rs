@@ -138,10 +138,6 @@ fn of_gpu(machine: &Machine) -> Vec<Finding> {
             found.push(Finding::new(Severity::Warning, format!("{name} has no kernels: {why}"), help));
         }
     }
-    if !gpu.devices.is_empty() && !crate::gpu::HAS_BACKEND {
-        let what = "GPUs are here, and this version runs models on the CPU only";
-        found.push(Finding::new(Severity::Note, what, ""));
-    }
     found
 }
 

@@ -5,7 +5,7 @@ use dist_core::{DType, DeviceKind};
 use dist_kernels::cpu::CpuPath;
 
 use super::numbers;
-use crate::gpu::{self, DeviceChoice, GpuAsked, Usable};
+use crate::gpu::{self, DeviceChoice, GpuAsked};
 
 /// Flags about the device.
 #[derive(Args, Clone, Debug)]
@@ -14,7 +14,7 @@ pub struct DeviceArgs {
     /// Device to run on: `auto`, `cpu`, `cuda` or `cuda:N`; `auto` takes a GPU that can be used, if there is one rank
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = str::parse::<GpuAsked>)]
     pub device: GpuAsked,
-    /// Type that a GPU rounds weights in f32 to, which no kernel of it takes as they are
+    /// Type that a GPU rounds weights in f32 to, which no kernel of it takes as they are; by default bf16
     #[arg(long, value_name = "TYPE", value_enum)]
     pub cast: Option<CastFlag>,
     /// Threads that compute, shared by the ranks of a machine; by default all cores of this process
@@ -54,7 +54,7 @@ pub struct DeviceRequest {
     pub ordinal: usize,
     /// Whether the user named the device.
     pub is_named: bool,
-    /// What a GPU makes of weights in `f32`; without it they are refused.
+    /// What a GPU makes of weights in `f32`.
     pub cast: Option<DType>,
     /// Threads that compute, of all ranks of this machine together.
     pub threads: usize,
@@ -80,11 +80,6 @@ impl DeviceRequest {
 impl DeviceArgs {
     /// The CPU or a GPU.
     fn choice(&self) -> anyhow::Result<DeviceChoice> {
-        if !gpu::HAS_BACKEND {
-            // Nothing that is found could be used, so nobody waits for a driver.
-            let devices = Ok(Vec::new());
-            return gpu::choose(self.device, || Usable { has_backend: false, devices, kernels: Vec::new() });
-        }
         let cache = gpu::kernel_cache().ok();
         gpu::choose(self.device, || gpu::usable(&gpu::libraries(), cache.as_ref()))
     }
@@ -92,18 +87,22 @@ impl DeviceArgs {
     /// The device, or why it cannot be had.
     pub fn to_request(&self) -> anyhow::Result<DeviceRequest> {
         let (kind, ordinal) = match self.choice()? {
-            DeviceChoice::Cpu { why } => {
-                if let Some(why) = why {
-                    tracing::info!("on the CPU: {why}");
+            DeviceChoice::Cpu { why, is_here } => {
+                // Who has no GPU does not wonder; who has one does.
+                match why {
+                    Some(why) if is_here => tracing::warn!("on the CPU: {why}; see dist-cli doctor"),
+                    Some(why) => tracing::info!("on the CPU: {why}"),
+                    None => {}
                 }
                 (DeviceKind::Cpu, 0)
             }
             DeviceChoice::Cuda { ordinal } => (DeviceKind::Cuda, ordinal),
         };
-        let cast = self.cast.map(|cast| match cast {
-            CastFlag::Bf16 => DType::BF16,
-            CastFlag::F16 => DType::F16,
-        });
+        let cast = match self.cast {
+            _ if kind == DeviceKind::Cpu => None,
+            None | Some(CastFlag::Bf16) => Some(DType::BF16),
+            Some(CastFlag::F16) => Some(DType::F16),
+        };
         let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let path = match self.cpu_path {
             PathFlag::Auto => CpuPath::Auto,

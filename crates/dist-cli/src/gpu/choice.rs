@@ -48,6 +48,8 @@ pub enum DeviceChoice {
     Cpu {
         /// One line.
         why: Option<String>,
+        /// Whether there is a GPU, or a driver for one.
+        is_here: bool,
     },
     /// The GPU of that number.
     Cuda {
@@ -59,8 +61,8 @@ pub enum DeviceChoice {
 impl fmt::Display for DeviceChoice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Cpu { why: None } => f.write_str("the CPU"),
-            Self::Cpu { why: Some(why) } => write!(f, "the CPU: {why}"),
+            Self::Cpu { why: None, .. } => f.write_str("the CPU"),
+            Self::Cpu { why: Some(why), .. } => write!(f, "the CPU: {why}"),
             Self::Cuda { ordinal } => write!(f, "GPU {ordinal}"),
         }
     }
@@ -69,8 +71,6 @@ impl fmt::Display for DeviceChoice {
 /// What a GPU needs to run models, as far as it is there.
 #[derive(Clone, Debug)]
 pub struct Usable {
-    /// Whether this version has a backend for GPUs.
-    pub has_backend: bool,
     /// All GPUs.
     pub devices: Result<Vec<DeviceInfo>, CudaError>,
     /// Why no kernels can be had for a GPU, one answer a GPU.
@@ -81,7 +81,7 @@ pub struct Usable {
 pub fn usable(libraries: &Libraries, cache: Option<&KernelCache>) -> Usable {
     let devices = Driver::open(libraries).and_then(|driver| driver.devices());
     let kernels = devices.iter().flatten().map(|device| missing_kernels(device, libraries, cache)).collect();
-    Usable { has_backend: super::HAS_BACKEND, devices, kernels }
+    Usable { devices, kernels }
 }
 
 /// Why kernels for `device` can neither be compiled nor all be read.
@@ -100,13 +100,15 @@ fn missing_kernels(
 /// The device of a run, or why what was asked for cannot be had.
 pub fn choose(asked: GpuAsked, look: impl FnOnce() -> Usable) -> anyhow::Result<DeviceChoice> {
     let ordinal = match asked {
-        GpuAsked::Cpu => return Ok(DeviceChoice::Cpu { why: None }),
+        GpuAsked::Cpu => return Ok(DeviceChoice::Cpu { why: None, is_here: false }),
         GpuAsked::Auto => None,
         GpuAsked::Cuda(ordinal) => Some(ordinal.unwrap_or(0)),
     };
-    match (pick(ordinal, &look()), ordinal) {
+    let usable = look();
+    let is_here = !matches!(usable.devices, Err(CudaError::Library(_)));
+    match (pick(ordinal, &usable), ordinal) {
         (Ok(ordinal), _) => Ok(DeviceChoice::Cuda { ordinal }),
-        (Err((why, _)), None) => Ok(DeviceChoice::Cpu { why: Some(why) }),
+        (Err((why, _)), None) => Ok(DeviceChoice::Cpu { why: Some(why), is_here }),
         (Err((why, help)), Some(ordinal)) => {
             let problem = Problem::usage(format!("--device cuda:{ordinal}: {why}"));
             Err(problem.help(help.unwrap_or_else(|| "write --device cpu, or leave it out".to_owned())).into())
@@ -116,9 +118,6 @@ pub fn choose(asked: GpuAsked, look: impl FnOnce() -> Usable) -> anyhow::Result<
 
 /// The GPU of that number, or the first that will do; else why not, and what to do.
 fn pick(ordinal: Option<usize>, usable: &Usable) -> Result<usize, (String, Option<String>)> {
-    if !usable.has_backend {
-        return Err(("this version runs on the CPU only".to_owned(), None));
-    }
     let devices = usable.devices.as_ref().map_err(|error| (error.to_string(), error.help()))?;
     let of_error = |error: CudaError| (error.to_string(), error.help());
     let fits = |ordinal: usize| {
@@ -161,7 +160,7 @@ mod tests {
 
     fn with(majors: &[u32]) -> Usable {
         let devices: Vec<_> = majors.iter().enumerate().map(|(idx, &major)| device(idx, major)).collect();
-        Usable { has_backend: true, kernels: vec![None; devices.len()], devices: Ok(devices) }
+        Usable { kernels: vec![None; devices.len()], devices: Ok(devices) }
     }
 
     #[track_caller]
@@ -191,11 +190,6 @@ mod tests {
         check("auto", &with(&[7, 8]), "GPU 1");
         check("auto", &with(&[7]), "the CPU: GPU of 7 has compute capability 7.0");
         check("auto", &with(&[]), "the CPU: NVIDIA's driver is here, but it sees no GPU");
-        check(
-            "auto",
-            &Usable { has_backend: false, ..with(&[9]) },
-            "the CPU: this version runs on the CPU only",
-        );
         let version = |major| Version { major, minor: 0 };
         let too_old = CudaError::DriverTooOld { found: version(11), least: version(12) };
         check("auto", &Usable { devices: Err(too_old), ..with(&[]) }, "the CPU: NVIDIA's driver is too old");
@@ -209,13 +203,12 @@ mod tests {
         check("cuda:1", &with(&[9, 8]), "GPU 1");
         check("cuda:2", &with(&[9, 8]), "error: --device cuda:2: there is no GPU 2: the driver sees 2");
         check("cuda:0", &with(&[7, 8]), "error: --device cuda:0: GPU of 7 has compute capability 7.0");
-        check("cuda", &Usable { has_backend: false, ..with(&[9]) }, "runs on the CPU only");
     }
 
     #[test]
     fn nobody_looks_for_a_gpu_if_the_cpu_was_asked_for() {
         let choice = choose(GpuAsked::Cpu, || panic!("looked")).unwrap();
-        assert_eq!(choice, DeviceChoice::Cpu { why: None });
+        assert_eq!(choice, DeviceChoice::Cpu { why: None, is_here: false });
     }
 
     #[test]

@@ -81,13 +81,13 @@ impl Device for CudaBackend {
     }
 
     fn ceilings(&mut self) -> anyhow::Result<Ceilings> {
-        let (read_bytes_per_s, pass_bytes) = self.copy_rate()?;
+        let (read_bytes_per_s, pass_bytes) = CudaBackend::read_rate(self)?;
         let flops_per_s = self.multiply_rate(DType::BF16)?;
         Ok(Ceilings { read_bytes_per_s, flops_per_s, pass_bytes })
     }
 
     fn read_rate(&mut self) -> anyhow::Result<f64> {
-        Ok(self.copy_rate()?.0)
+        Ok(CudaBackend::read_rate(self)?.0)
     }
 }
 
