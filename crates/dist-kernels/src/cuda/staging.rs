@@ -11,19 +11,23 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use super::driver::{Context, CudaError, DeviceMemory, Event, PinnedMemory, Result, Stream};
 
+/// Buffers of a reader: it fills one while others are on their way.
+const BUFFERS_A_READER: usize = 4;
+
 /// How weights travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StagingOptions {
     /// Threads that fill buffers.
     pub n_readers: usize,
-    /// Bytes of a buffer; there are two for each thread.
+    /// Bytes of a buffer; there are four for each thread.
     pub chunk_bytes: usize,
 }
 
 impl StagingOptions {
     /// For a machine with so many cores: more readers than this are no faster than the bus.
     pub fn of_cores(n_cores: usize) -> Self {
-        Self { n_readers: n_cores.clamp(1, 12), chunk_bytes: 8 << 20 }
+        // Small enough that all readers have something of every matrix, large enough for the bus.
+        Self { n_readers: n_cores.clamp(1, 16), chunk_bytes: 2 << 20 }
     }
 }
 
@@ -46,7 +50,7 @@ struct Lane {
 impl Staging {
     /// Takes the buffers.
     pub fn new(context: &Context, options: StagingOptions) -> Result<Self> {
-        let n_buffers = 2 * options.n_readers;
+        let n_buffers = BUFFERS_A_READER * options.n_readers;
         let pinned = context.alloc_pinned("staging of weights", n_buffers * options.chunk_bytes)?;
         let stream = context.stream()?;
         let fetched = (0..n_buffers).map(|_| context.event()).collect::<Result<_>>()?;
