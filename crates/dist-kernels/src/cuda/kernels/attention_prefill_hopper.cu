@@ -325,6 +325,7 @@ struct Consumer {
                     for (int x = 0; x < 4; x++) sums[d][x] *= factor[x >> 1];
                 }
             }
+            __syncwarp();  // all lanes have read what the work is
             let_go(rings.q_empty(q.slot));
 
             barrier_wait(rings.v_full(v.slot), v.parity);
