@@ -88,7 +88,9 @@ fn report<B: Device>(
         let times = bench::measure(&mut session.engine, cell, n_vocab, rounds, &interrupt);
         let times = times.map_err(|error| launch::explain(error, &mut session.locals))?;
         let Some(times) = times else { return Ok(None) };
-        let (decode, prefill) = bench::work_of(&plan, cell);
+        // Steps are timed once all have begun: then no more run than may.
+        let running = Cell { batch: batch.min(limits.max_seqs), ..cell };
+        let (decode, prefill) = bench::work_of(&plan, running);
         let after = rate(&mut session)?;
         let around = before.zip(after).map(|(before, after)| before.max(after));
         before = after;
