@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
-use dist_core::ModelConfig;
 use dist_core::cost::Work;
+use dist_core::{DeviceKind, ModelConfig};
 use serde::Serialize;
 
 use super::milliseconds;
@@ -136,7 +136,7 @@ fn cell_object(measured: &Measured, report: &Report) -> CellObject {
         ttft_ms: ttft,
         tpot_ms: tpot,
         tokens_per_s: round_s.map(|s| (cell.batch * cell.new_tokens) as f64 / s),
-        decode_tokens_per_s: tpot_s.map(|s| cell.batch as f64 / s),
+        decode_tokens_per_s: tpot_s.map(|s| cell.batch.min(report.plan.limits.max_seqs) as f64 / s),
         decode_bytes: decode.bytes as u64,
         read_bytes_per_s: ceilings.read_bytes_per_s,
         decode_bytes_per_s: bytes_per_s,
@@ -155,15 +155,17 @@ fn cell_object(measured: &Measured, report: &Report) -> CellObject {
 /// The report as one object.
 pub fn benchmark_json(report: &Report) -> serde_json::Result<String> {
     let (plan, config) = (&report.plan, &report.plan.model);
+    let is_gpu = report.device.kind == DeviceKind::Cuda;
     let object = ReportObject {
         schema_version: SCHEMA_VERSION,
         origin: &report.origin,
         device: DeviceObject {
-            kind: "cpu",
+            kind: if is_gpu { "cuda" } else { "cpu" },
             name: &report.device.name,
             threads: report.device.threads,
             cpu_path: report.device.path,
-            memory_bytes: machine::total_bytes(),
+            // The host's is not that of a GPU.
+            memory_bytes: if is_gpu { None } else { machine::total_bytes() },
         },
         ceilings: CeilingsObject {
             read_bytes_per_s: report.ceilings.read_bytes_per_s,
