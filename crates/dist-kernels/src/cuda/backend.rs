@@ -68,6 +68,8 @@ pub struct CudaBackend {
     pub(super) packed: PackedRows,
     cast: Option<DType>,
     staging: StagingOptions,
+    /// For the readers of weights, who take the GPU as well.
+    driver: Driver,
     pub(super) context: Context,
 }
 
@@ -134,6 +136,7 @@ impl CudaBackend {
             packed: PackedRows::default(),
             cast,
             staging,
+            driver,
             context,
         })
     }
@@ -226,11 +229,11 @@ impl Backend for CudaBackend {
         let (n, k, ld) = (weight.n(), weight.k, row_elements(weight.k));
         let mut data = self.alloc("a weight", dtype, n * ld)?;
         if self.weights.is_none() {
-            self.weights = Some(Staging::new(&self.context, self.staging)?);
+            self.weights = Some(Staging::new(&self.driver, self.describe().ordinal, self.staging)?);
         }
         let staging = self.weights.as_mut().expect("taken above");
-        let n_bytes = n * ld * dtype.bytes();
-        staging.load(&mut data.memory, 0, n_bytes, &|from, bytes| copy_bytes(&weight, from, dtype, bytes))?;
+        let fill = Box::new(move |from, bytes: &mut [u8]| copy_bytes(&weight, from, dtype, bytes));
+        staging.load(&mut data.memory, 0, n * ld * dtype.bytes(), fill)?;
         Ok(Weight { parts: vec![WeightPart { data, n, ld }], dtype, layout: Layout::Nk, n, k })
     }
 

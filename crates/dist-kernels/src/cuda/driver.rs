@@ -1,10 +1,10 @@
 //! A thin layer over NVIDIA's driver: what lives on a GPU is a value that frees itself, and every call that fails is an
 //! error that names the call, what it was about, and what to do. It knows no op.
 //!
-//! Everything belongs to the thread that made it (nothing here is `Send`), and a thread works with one GPU: so no call
-//! has to ask which context is the current one. What a kernel does with the addresses in its arguments no type can
-//! check; launches and asynchronous copies are therefore private to this crate, whose ops make them from buffers that
-//! they hold.
+//! Everything belongs to the thread that made it (nothing here is `Send` but a `Target`, which only names a place), and a
+//! thread works with one GPU: so no call has to ask which context is the current one. What a kernel does with the
+//! addresses in its arguments no type can check; launches and asynchronous copies are therefore private to this crate,
+//! whose ops make them from buffers that they hold.
 
 mod blas;
 mod device;
@@ -25,6 +25,7 @@ pub use device::{Context, DeviceInfo, Driver};
 pub use error::CudaError;
 pub use graph::Graph;
 pub use launch::Launch;
+pub(crate) use memory::Target;
 pub use memory::{DeviceMemory, PinnedMemory};
 pub use module::{Function, Module};
 pub(crate) use product::Operands;

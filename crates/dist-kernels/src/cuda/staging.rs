@@ -1,215 +1,222 @@
-//! Weights on their way to the GPU: several threads copy them (out of mapped files, whose pages come in meanwhile) to a
-//! few buffers of pinned memory, and the GPU fetches one buffer while others are filled. There is no second copy of a
-//! weight on the host.
+//! Weights on their way to the GPU: several threads copy them (out of their file, as a rule) to pinned memory of their
+//! own, from where the GPU fetches one buffer while the next is filled. There is no second copy of a weight on the host.
+//!
+//! A reader has buffers, a stream and events for itself, so that nobody hands it anything but the places to read: it
+//! fills a buffer, asks for its copy and takes the next one. All buffers together are small enough to stay in the
+//! processor's last cache, so that a byte crosses the host's memory once, when it is read. Readers stay from the first
+//! weight to the last; see [`queue`] for why.
 
-use std::any::Any;
-use std::collections::VecDeque;
-use std::io;
+mod queue;
+
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::Mutex;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::Arc;
+use std::thread::{Builder, JoinHandle};
 
-use super::driver::{Context, CudaError, DeviceMemory, Event, PinnedMemory, Result, Stream};
+use super::driver::{Context, CudaError, DeviceMemory, Driver, Event, PinnedMemory, Result, Stream, Target};
+pub use queue::Fill;
+use queue::{Failure, Job, Order, Piece, Queue};
 
-/// Buffers of a reader: it fills one while others are on their way.
-const BUFFERS_A_READER: usize = 4;
+/// More readers than this are no faster than the bus.
+const READERS_MAX: usize = 16;
+/// Bytes that may wait to be read when the next weight is asked for: the readers' work for the time that it takes to get
+/// memory for a large one, and little enough for weights that lie in memory and not in a file.
+const AHEAD_BYTES: usize = 256 << 20;
 
 /// How weights travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StagingOptions {
     /// Threads that fill buffers.
     pub n_readers: usize,
-    /// Bytes of a buffer; there are four for each thread.
+    /// Bytes of a buffer.
     pub chunk_bytes: usize,
+    /// Buffers of a reader: it fills one while others are on their way.
+    pub n_buffers: usize,
 }
 
 impl StagingOptions {
-    /// For a machine with so many cores: more readers than this are no faster than the bus.
+    /// For a machine with so many cores.
     pub fn of_cores(n_cores: usize) -> Self {
-        // Small enough that all readers have something of every matrix, large enough for the bus.
-        Self { n_readers: n_cores.clamp(1, 16), chunk_bytes: 2 << 20 }
+        // Few enough bytes for the cache, large enough pieces for the bus.
+        Self { n_readers: n_cores.clamp(1, READERS_MAX), chunk_bytes: 1 << 20, n_buffers: 2 }
     }
 }
 
-/// Buffers, and the stream on which they are fetched.
-#[derive(Debug)]
-pub struct Staging {
-    options: StagingOptions,
-    lane: Lane,
-    pinned: PinnedMemory,
-}
+/// The readers.
+pub struct Staging(Team<Lane>);
 
-/// The GPU's side of the buffers.
-#[derive(Debug)]
-struct Lane {
-    stream: Stream,
-    /// After each buffer's last copy.
-    fetched: Vec<Event>,
+impl std::fmt::Debug for Staging {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Staging({} readers)", self.0.readers.len())
+    }
 }
 
 impl Staging {
-    /// Takes the buffers.
-    pub fn new(context: &Context, options: StagingOptions) -> Result<Self> {
-        let n_buffers = BUFFERS_A_READER * options.n_readers;
-        let pinned = context.alloc_pinned("staging of weights", n_buffers * options.chunk_bytes)?;
-        let stream = context.stream()?;
-        let fetched = (0..n_buffers).map(|_| context.event()).collect::<Result<_>>()?;
-        Ok(Self { options, lane: Lane { stream, fetched }, pinned })
+    /// Starts the readers, each of which takes its buffers when it has something to read.
+    pub fn new(driver: &Driver, ordinal: usize, options: StagingOptions) -> Result<Self> {
+        let driver = driver.clone();
+        let open = move || Lane::open(&Context::new(&driver, ordinal)?, options);
+        let queue = Queue::new(options.chunk_bytes, AHEAD_BYTES);
+        Ok(Self(Team::start(options.n_readers, queue, Arc::new(open))?))
     }
 
-    /// Brings `n_bytes` to the bytes of `dst` from `at` on. `fill(from, buffer)` writes those from `from` on to a buffer;
-    /// several threads call it at once. When this returns all bytes have been read, and the last are still on their way:
-    /// see [`Self::finish`].
-    pub fn load(&mut self, dst: &mut DeviceMemory, at: usize, n_bytes: usize, fill: Fill<'_>) -> Result<()> {
-        let mut load = Load { lane: &self.lane, dst, at };
-        let buffers = self.pinned.bytes_mut().chunks_mut(self.options.chunk_bytes);
-        carry(buffers.collect(), self.options.n_readers, n_bytes, fill, &mut load)
+    /// Brings `n_bytes` to the bytes of `dst` from `at` on. `fill(from, buffer)` writes those from `from` on to a buffer.
+    /// When this returns most may still have to be read, and the error may be of an earlier load: see [`Self::finish`].
+    pub fn load(&mut self, dst: &mut DeviceMemory, at: usize, n_bytes: usize, fill: Fill) -> Result<()> {
+        told(self.0.queue.push(Job { target: dst.target(), at, n_bytes, fill }))
     }
 
     /// Waits until everything has arrived.
     pub fn finish(&self) -> Result<()> {
-        self.lane.stream.synchronize()
+        told(self.0.queue.finish())
     }
 }
 
-/// One load's way to the GPU.
-struct Load<'a> {
-    lane: &'a Lane,
-    dst: &'a mut DeviceMemory,
-    at: usize,
-}
-
-impl Sink for Load<'_> {
-    fn fetch(&mut self, buffer: usize, at: usize, bytes: &[u8]) -> Result<()> {
-        self.lane.stream.copy_in_slice(self.dst, self.at + at, bytes)?;
-        self.lane.stream.record(&self.lane.fetched[buffer])
-    }
-
-    fn is_fetched(&mut self, buffer: usize) -> Result<bool> {
-        self.lane.fetched[buffer].is_done()
-    }
-
-    fn wait(&mut self, buffer: usize) -> Result<()> {
-        self.lane.fetched[buffer].synchronize()
+/// A panic of a reader goes on in the thread that asked.
+fn told(result: std::result::Result<(), Failure>) -> Result<()> {
+    match result {
+        Ok(()) => Ok(()),
+        Err(Failure::Read(error)) => Err(CudaError::Unreadable { why: error.to_string() }),
+        Err(Failure::Gpu(error)) => Err(error),
+        Err(Failure::Panic(panic)) => resume_unwind(panic),
     }
 }
 
-impl Drop for Staging {
+/// A reader's buffers, and who takes the bytes out of them, later. It lives on the reader's thread.
+trait Sink: Sized + 'static {
+    /// Where bytes come to.
+    type Target: Send + Sync;
+    /// The next buffer, as soon as its bytes have been taken.
+    fn buffer(&mut self) -> Result<&mut [u8]>;
+    /// Asks for the first `n_bytes` of that buffer to be taken to the place from `at` on.
+    fn send(&mut self, target: &Self::Target, at: usize, n_bytes: usize) -> Result<()>;
+    /// Waits until all that was asked for has been taken.
+    fn drain(&mut self) -> Result<()>;
+}
+
+/// Makes a reader's sink on its thread.
+type Open<S> = Arc<dyn Fn() -> Result<S> + Send + Sync>;
+
+/// Threads that read what is in the queue. They end with this value, which waits for them.
+struct Team<S: Sink> {
+    queue: Arc<Queue<S::Target>>,
+    readers: Vec<JoinHandle<()>>,
+}
+
+impl<S: Sink> Team<S> {
+    fn start(n_readers: usize, queue: Queue<S::Target>, open: Open<S>) -> Result<Self> {
+        let mut team = Self { queue: Arc::new(queue), readers: Vec::with_capacity(n_readers) };
+        for _ in 0..n_readers.max(1) {
+            let (queue, open) = (Arc::clone(&team.queue), Arc::clone(&open));
+            match Builder::new().name("weights".to_owned()).spawn(move || read(&queue, &*open)) {
+                Ok(reader) => team.readers.push(reader),
+                // Its work is left to those that are there.
+                Err(error) if team.readers.is_empty() => {
+                    return Err(CudaError::Unreadable { why: error.to_string() });
+                }
+                Err(_) => break,
+            }
+        }
+        Ok(team)
+    }
+}
+
+impl<S: Sink> Drop for Team<S> {
+    fn drop(&mut self) {
+        self.queue.close();
+        for reader in self.readers.drain(..) {
+            // A panic was told by whoever waited for the weights.
+            let _ = reader.join();
+        }
+    }
+}
+
+/// A reader.
+fn read<S: Sink>(queue: &Queue<S::Target>, open: &dyn Fn() -> Result<S>) {
+    let (mut sink, mut is_sending) = (None, false);
+    while let Some(order) = queue.next(&mut is_sending) {
+        match order {
+            Order::Read(piece) => {
+                let n_bytes = piece.n_bytes;
+                let sent = caught(|| pass(&mut sink, piece, open));
+                queue.sent(n_bytes, sent);
+            }
+            Order::Drain => {
+                let drained = caught(|| match &mut sink {
+                    Some(sink) => sink.drain().map_err(Failure::Gpu),
+                    None => Ok(()),
+                });
+                is_sending = false;
+                queue.drained(drained);
+            }
+        }
+    }
+}
+
+fn caught(work: impl FnOnce() -> std::result::Result<(), Failure>) -> std::result::Result<(), Failure> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(Failure::Panic(panic)))
+}
+
+/// Reads a piece and sends it.
+fn pass<S: Sink>(
+    sink: &mut Option<S>,
+    piece: Piece<S::Target>,
+    open: &dyn Fn() -> Result<S>,
+) -> std::result::Result<(), Failure> {
+    let Piece { job, from, n_bytes } = piece;
+    let sink = match sink {
+        Some(sink) => sink,
+        None => sink.insert(open().map_err(Failure::Gpu)?),
+    };
+    let buffer = sink.buffer().map_err(Failure::Gpu)?;
+    (job.fill)(from, &mut buffer[..n_bytes]).map_err(Failure::Read)?;
+    sink.send(&job.target, job.at + from, n_bytes).map_err(Failure::Gpu)
+}
+
+/// A reader's way to the GPU.
+struct Lane {
+    stream: Stream,
+    /// After each buffer's last copy.
+    fetched: Vec<Event>,
+    pinned: PinnedMemory,
+    chunk_bytes: usize,
+    current: usize,
+}
+
+impl Lane {
+    fn open(context: &Context, options: StagingOptions) -> Result<Self> {
+        let StagingOptions { chunk_bytes, n_buffers, .. } = options;
+        let pinned = context.alloc_pinned("staging of weights", n_buffers * chunk_bytes)?;
+        let fetched = (0..n_buffers).map(|_| context.event()).collect::<Result<_>>()?;
+        Ok(Self { stream: context.stream()?, fetched, pinned, chunk_bytes, current: 0 })
+    }
+}
+
+impl Sink for Lane {
+    type Target = Target;
+
+    fn buffer(&mut self) -> Result<&mut [u8]> {
+        self.fetched[self.current].synchronize()?;
+        Ok(&mut self.pinned.bytes_mut()[self.current * self.chunk_bytes..][..self.chunk_bytes])
+    }
+
+    fn send(&mut self, target: &Target, at: usize, n_bytes: usize) -> Result<()> {
+        let bytes = &self.pinned.bytes()[self.current * self.chunk_bytes..][..n_bytes];
+        self.stream.copy_to_target(target, at, bytes)?;
+        self.stream.record(&self.fetched[self.current])?;
+        self.current = (self.current + 1) % self.fetched.len();
+        Ok(())
+    }
+
+    fn drain(&mut self) -> Result<()> {
+        self.stream.synchronize()
+    }
+}
+
+impl Drop for Lane {
     fn drop(&mut self) {
         // The buffers go next. An error was told by whoever waited for the weights.
-        let _ = self.finish();
+        let _ = self.stream.synchronize();
     }
-}
-
-/// Who takes the bytes of a buffer, later.
-trait Sink {
-    /// Asks for a buffer's bytes to be taken to the place from `at` on.
-    fn fetch(&mut self, buffer: usize, at: usize, bytes: &[u8]) -> Result<()>;
-    /// Whether the bytes that were last asked for have been taken; true if none were.
-    fn is_fetched(&mut self, buffer: usize) -> Result<bool>;
-    /// Waits until they are.
-    fn wait(&mut self, buffer: usize) -> Result<()>;
-}
-
-/// A buffer that is on its way to a reader and back.
-struct Job<'a> {
-    buffer: usize,
-    bytes: &'a mut [u8],
-    at: usize,
-    n_bytes: usize,
-    /// Why the reader could not fill it.
-    failed: Option<Failure>,
-}
-
-/// Writes the bytes from a place on to a buffer.
-type Fill<'a> = &'a (dyn Fn(usize, &mut [u8]) -> io::Result<()> + Sync);
-
-/// What became of a reader.
-enum Failure {
-    Panic(Box<dyn Any + Send>),
-    Read(io::Error),
-}
-
-/// Moves `n_bytes` through `buffers` into `sink`.
-fn carry(
-    buffers: Vec<&mut [u8]>,
-    n_readers: usize,
-    n_bytes: usize,
-    fill: Fill<'_>,
-    sink: &mut dyn Sink,
-) -> Result<()> {
-    let chunk_bytes = buffers[0].len();
-    // One reader is enough for what fits in one buffer.
-    let n_readers = n_readers.min(n_bytes.div_ceil(chunk_bytes)).max(1);
-    let (jobs, todo) = channel::<Job>();
-    let (filled, done) = channel::<Job>();
-    let todo = Mutex::new(todo);
-    std::thread::scope(|scope| {
-        for _ in 0..n_readers {
-            let (todo, filled) = (&todo, filled.clone());
-            scope.spawn(move || read(todo, &filled, fill));
-        }
-        drop(filled);
-        // Without jobs the readers end, whatever becomes of this.
-        feed(buffers, n_bytes, jobs, &done, sink)
-    })
-}
-
-/// A reader: fills buffers until there are no more jobs.
-fn read<'a>(todo: &Mutex<Receiver<Job<'a>>>, filled: &Sender<Job<'a>>, fill: Fill<'_>) {
-    loop {
-        // Nobody panics while it holds the lock.
-        let job = todo.lock().map_or(None, |todo| todo.recv().ok());
-        let Some(mut job) = job else { return };
-        let filling = catch_unwind(AssertUnwindSafe(|| fill(job.at, &mut job.bytes[..job.n_bytes])));
-        job.failed = match filling {
-            Ok(read) => read.err().map(Failure::Read),
-            Err(panic) => Some(Failure::Panic(panic)),
-        };
-        if filled.send(job).is_err() {
-            return;
-        }
-    }
-}
-
-/// Gives free buffers to the readers and full ones to the sink.
-fn feed<'a>(
-    buffers: Vec<&'a mut [u8]>,
-    n_bytes: usize,
-    jobs: Sender<Job<'a>>,
-    done: &Receiver<Job<'a>>,
-    sink: &mut dyn Sink,
-) -> Result<()> {
-    // In the order in which they will be free: those of an earlier load may still be on their way.
-    let mut leaving: VecDeque<(usize, &mut [u8])> = buffers.into_iter().enumerate().collect();
-    let (mut at, mut n_out) = (0, 0);
-    while at < n_bytes || n_out > 0 {
-        while let Some((buffer, _)) = leaving.front().filter(|_| at < n_bytes) {
-            if n_out > 0 && !sink.is_fetched(*buffer)? {
-                break;
-            }
-            sink.wait(*buffer)?;
-            let Some((buffer, bytes)) = leaving.pop_front() else { break };
-            let n_bytes = bytes.len().min(n_bytes - at);
-            // The readers end only when `jobs` is gone.
-            let sent = jobs.send(Job { buffer, bytes, at, n_bytes, failed: None });
-            assert!(sent.is_ok(), "readers wait for jobs");
-            (at, n_out) = (at + n_bytes, n_out + 1);
-        }
-        let Ok(job) = done.recv() else { break };
-        n_out -= 1;
-        match job.failed {
-            None => {}
-            Some(Failure::Read(error)) => return Err(CudaError::Unreadable { why: error.to_string() }),
-            Some(Failure::Panic(panic)) => {
-                drop(jobs);
-                resume_unwind(panic);
-            }
-        }
-        sink.fetch(job.buffer, job.at, &job.bytes[..job.n_bytes])?;
-        leaving.push_back((job.buffer, job.bytes));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

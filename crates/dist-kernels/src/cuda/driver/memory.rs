@@ -1,7 +1,9 @@
 //! Memory of the GPU, and memory of the host that the GPU can reach.
 
+use std::convert::Infallible;
 use std::ffi::c_void;
 use std::slice;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use cudarc::driver::result;
 use cudarc::driver::sys::CUresult;
@@ -17,8 +19,19 @@ const PORTABLE: u32 = 1;
 pub struct DeviceMemory {
     address: u64,
     n_bytes: usize,
+    /// Nothing is ever sent: receiving ends when the last [`Target`] is gone.
+    targets: Option<(Sender<Infallible>, Receiver<Infallible>)>,
     // The context outlives what is in it.
     _context: Context,
+}
+
+/// Memory of the GPU as a place to copy to, for other threads that hold the GPU. Where it ends before they are done, the
+/// memory waits for them.
+#[derive(Clone, Debug)]
+pub(crate) struct Target {
+    address: u64,
+    n_bytes: usize,
+    _held: Sender<Infallible>,
 }
 
 impl Context {
@@ -34,7 +47,7 @@ impl Context {
             }
             _ => failed("cuMemAlloc", what, error),
         })?;
-        let memory = DeviceMemory { address, n_bytes, _context: self.clone() };
+        let memory = DeviceMemory { address, n_bytes, targets: None, _context: self.clone() };
         self.zero(address, taken)?;
         Ok(memory)
     }
@@ -63,14 +76,36 @@ impl DeviceMemory {
 
     /// The address of byte `at`, after a check that `n_bytes` are there.
     pub(super) fn range(&self, at: usize, n_bytes: usize) -> u64 {
-        let is_inside = at.checked_add(n_bytes).is_some_and(|end| end <= self.n_bytes);
-        assert!(is_inside, "bytes {at}.. (+{n_bytes}) of {} bytes of GPU memory", self.n_bytes);
-        self.address + at as u64
+        range((self.address, self.n_bytes), at, n_bytes)
     }
+
+    /// The same memory for other threads to copy to.
+    pub(crate) fn target(&mut self) -> Target {
+        let (held, _) = self.targets.get_or_insert_with(channel);
+        Target { address: self.address, n_bytes: self.n_bytes, _held: held.clone() }
+    }
+}
+
+impl Target {
+    /// The address of byte `at`, after a check that `n_bytes` are there.
+    pub(super) fn range(&self, at: usize, n_bytes: usize) -> u64 {
+        range((self.address, self.n_bytes), at, n_bytes)
+    }
+}
+
+fn range((address, len): (u64, usize), at: usize, n_bytes: usize) -> u64 {
+    let is_inside = at.checked_add(n_bytes).is_some_and(|end| end <= len);
+    assert!(is_inside, "bytes {at}.. (+{n_bytes}) of {len} bytes of GPU memory");
+    address + at as u64
 }
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
+        if let Some((held, others)) = self.targets.take() {
+            drop(held);
+            // An error is all that can come: nobody holds a target any more.
+            let _ = others.recv();
+        }
         // SAFETY: taken by `alloc`, given back here only. The driver waits for work that still uses it.
         dropped("cuMemFree", unsafe { result::free_sync(self.address) });
     }

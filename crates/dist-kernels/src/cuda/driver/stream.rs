@@ -4,7 +4,7 @@ use cudarc::driver::result::{self, event, stream};
 use cudarc::driver::sys::{self, CUevent, CUevent_flags, CUevent_wait_flags, CUresult, CUstream};
 
 use super::error::{dropped, failed};
-use super::{Context, DeviceMemory, PinnedMemory, Result};
+use super::{Context, DeviceMemory, PinnedMemory, Result, Target};
 
 /// Work that is done in order, beside other streams.
 #[derive(Debug)]
@@ -80,13 +80,17 @@ impl Stream {
         src_at: usize,
         n_bytes: usize,
     ) -> Result<()> {
-        self.copy_in_slice(dst, at, &src.bytes()[src_at..src_at + n_bytes])
+        self.copy_from_pinned(dst.range(at, n_bytes), &src.bytes()[src_at..src_at + n_bytes])
     }
 
-    /// The same with bytes of pinned memory.
-    pub(crate) fn copy_in_slice(&self, dst: &DeviceMemory, at: usize, src: &[u8]) -> Result<()> {
-        let to = dst.range(at, src.len());
-        // SAFETY: both ranges are there; this crate keeps them until it has waited, as is said above.
+    /// The same with bytes of pinned memory, to memory that another thread holds.
+    pub(crate) fn copy_to_target(&self, dst: &Target, at: usize, src: &[u8]) -> Result<()> {
+        self.copy_from_pinned(dst.range(at, src.len()), src)
+    }
+
+    fn copy_from_pinned(&self, to: u64, src: &[u8]) -> Result<()> {
+        // SAFETY: both ranges are there; this crate keeps them until it has waited, as is said above, and memory of the
+        // GPU waits for its targets, and as it is freed for the copies.
         unsafe { result::memcpy_htod_async(to, src, self.handle) }
             .map_err(|error| failed("cuMemcpyHtoDAsync", format!("{} bytes", src.len()), error))
     }
