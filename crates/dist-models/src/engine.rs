@@ -43,6 +43,12 @@ pub enum EngineError {
         /// The step that could not be sent.
         step: u64,
     },
+    /// A step failed before: the ranks are in the middle of it, and what it drew is lost.
+    #[error("the engine has failed and runs no more steps, build a new one: {first}")]
+    Broken {
+        /// What went wrong first.
+        first: String,
+    },
 }
 
 /// The ranks that run the same steps as the leader.
@@ -83,8 +89,8 @@ pub struct Engine<B: Backend> {
     depth: usize,
     /// Steps collected since the last one was submitted.
     collects: u32,
-    /// Whether a step failed, so that there is nothing to wait for.
-    is_broken: bool,
+    /// What went wrong first: then there is nothing to wait for, and nothing to go on from.
+    broken: Option<String>,
 }
 
 /// Loads what `rank` holds under `plan` and takes all memory of its steps.
@@ -141,12 +147,15 @@ impl<B: Backend> Engine<B> {
             in_flight: VecDeque::new(),
             depth,
             collects: 0,
-            is_broken: false,
+            broken: None,
         }
     }
 
     /// Takes a request in, or says why it never could be served.
     pub fn add(&mut self, request: Request) -> Result<(), RequestError> {
+        if let Some(first) = &self.broken {
+            return Err(RequestError::EngineFailed { first: first.clone() });
+        }
         self.texts.check(&request)?;
         let (id, sampling) = (request.id, request.sampling.clone());
         self.scheduler.add(request)?;
@@ -159,16 +168,31 @@ impl<B: Backend> Engine<B> {
         self.scheduler.cancel(id)
     }
 
-    /// Keeps every stage busy, then waits for the oldest step and tells what it did; nothing to do is no event.
+    /// Keeps every stage busy, then waits for the oldest step and tells what it did; nothing to do is no event. After an
+    /// error there are only errors: build a new engine.
     pub fn step(&mut self) -> Result<Vec<Event>, EngineError> {
-        self.try_step().inspect_err(|error| {
-            self.is_broken = true;
-            if let Followers::Ranks(leader) = &self.followers
-                && error.lost().is_none()
-            {
-                leader.fail(&error.to_string());
-            }
+        self.guarded(|engine| {
+            engine.try_step().inspect_err(|error| {
+                if let Followers::Ranks(leader) = &engine.followers
+                    && error.lost().is_none()
+                {
+                    leader.fail(&error.to_string());
+                }
+            })
         })
+    }
+
+    /// Runs `work`, unless something went wrong before; what goes wrong in it is kept.
+    fn guarded<T>(
+        &mut self,
+        work: impl FnOnce(&mut Self) -> Result<T, EngineError>,
+    ) -> Result<T, EngineError> {
+        if let Some(first) = &self.broken {
+            return Err(EngineError::Broken { first: first.clone() });
+        }
+        let result = work(self);
+        self.broken = result.as_ref().err().map(ToString::to_string);
+        result
     }
 
     fn try_step(&mut self) -> Result<Vec<Event>, EngineError> {
@@ -203,11 +227,13 @@ impl<B: Backend> Engine<B> {
 
     /// What every rank process did since the last time that this was asked, this one first.
     pub fn usage(&mut self) -> Result<Vec<Usage>, EngineError> {
-        let mut usage = vec![self.runner.take_usage()];
-        if let Followers::Ranks(leader) = &mut self.followers {
-            usage.extend(leader.reports().inspect_err(|_| self.is_broken = true)?);
-        }
-        Ok(usage)
+        self.guarded(|engine| {
+            let mut usage = vec![engine.runner.take_usage()];
+            if let Followers::Ranks(leader) = &mut engine.followers {
+                usage.extend(leader.reports()?);
+            }
+            Ok(usage)
+        })
     }
 
     /// The device.
@@ -220,7 +246,7 @@ impl<B: Backend> Engine<B> {
 impl<B: Backend> Drop for Engine<B> {
     fn drop(&mut self) {
         let Followers::Ranks(leader) = &mut self.followers else { return };
-        if self.is_broken || std::thread::panicking() {
+        if self.broken.is_some() || std::thread::panicking() {
             return;
         }
         while self.in_flight.pop_front().is_some() {

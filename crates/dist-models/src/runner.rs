@@ -2,13 +2,14 @@
 
 mod arrays;
 mod drawn;
+mod error;
 mod graphs;
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use bytemuck::cast_slice_mut;
-use dist_comm::{CallName, Comm, CommError};
+use dist_comm::{CallName, Comm};
 use dist_core::plan::Plan;
 use dist_core::raw::RawBuf;
 use dist_core::{DType, ModelConfig, Rank};
@@ -23,48 +24,7 @@ use arrays::{Arrays, Lasts};
 use drawn::{Drawn, Draws, Flight, arrive};
 use graphs::{Graphs, sizes};
 
-/// Why a step could not be run.
-#[derive(Debug, thiserror::Error)]
-pub enum RunError {
-    /// The device.
-    #[error(transparent)]
-    Kernel(#[from] KernelError),
-    /// The device, in the middle of a step.
-    #[error("step {step} failed on {rank}: {source}")]
-    Step {
-        /// Number of the step.
-        step: u64,
-        /// The rank whose device it is.
-        rank: Rank,
-        /// What the device says.
-        source: KernelError,
-    },
-    /// Another rank, or the way to it.
-    #[error(transparent)]
-    Comm(#[from] CommError),
-    /// A batch that is larger than what was planned for.
-    #[error("step {step} has {found} {what}, the plan allows {limit}")]
-    TooLarge {
-        /// Number of the step.
-        step: u64,
-        /// Which array.
-        what: &'static str,
-        /// Its size.
-        found: usize,
-        /// What was planned.
-        limit: usize,
-    },
-}
-
-impl RunError {
-    /// Of a step, if it is the device's.
-    fn at(self, step: u64, rank: Rank) -> Self {
-        match self {
-            Self::Kernel(source) => Self::Step { step, rank, source },
-            other => other,
-        }
-    }
-}
+pub use error::RunError;
 
 /// A rank's groups, one a mesh axis.
 pub struct Comms {
@@ -92,6 +52,8 @@ pub struct Runner<B: Backend> {
     arrays: Arrays,
     gather_order: Vec<u32>,
     usage: Usage,
+    /// What went wrong first: what a step then did not store or draw, no later one can go on from.
+    broken: Option<String>,
 }
 
 /// What a rank did with its time since somebody last asked.
@@ -142,6 +104,7 @@ impl<B: Backend> Runner<B> {
             arrays: Arrays::default(),
             gather_order: Vec::new(),
             usage: Usage::default(),
+            broken: None,
             plan: plan.clone(),
         };
         runner.record()?;
@@ -209,14 +172,27 @@ impl<B: Backend> Runner<B> {
         result
     }
 
-    /// Starts a step. Its output comes from [`collect`](Self::collect), in order of the submissions.
+    /// Runs `work`, unless something went wrong before; what goes wrong in it is kept.
+    fn guarded<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T, RunError>) -> Result<T, RunError> {
+        if let Some(first) = &self.broken {
+            return Err(RunError::Broken { first: first.clone() });
+        }
+        let result = work(self);
+        self.broken = result.as_ref().err().map(ToString::to_string);
+        result
+    }
+
+    /// Starts a step. Its output comes from [`collect`](Self::collect), in order of the submissions. After an error there
+    /// are only errors.
     pub fn submit(&mut self, batch: &StepBatch) -> Result<(), RunError> {
         self.check(batch)?;
-        let rank = self.rank;
-        let flight = self.timed(|runner| runner.start(batch));
-        let flight = flight.map_err(|error| error.at(batch.step, rank))?;
-        self.in_flight.push_back(flight);
-        Ok(())
+        self.guarded(|runner| {
+            let rank = runner.rank;
+            let flight = runner.timed(|runner| runner.start(batch));
+            let flight = flight.map_err(|error| error.at(batch.step, rank))?;
+            runner.in_flight.push_back(flight);
+            Ok(())
+        })
     }
 
     fn start(&mut self, batch: &StepBatch) -> Result<Flight<B>, RunError> {
@@ -237,6 +213,10 @@ impl<B: Backend> Runner<B> {
 
     /// Waits for the oldest step that was submitted; `None` if there is none, or on stages that see no output.
     pub fn collect(&mut self) -> Result<Option<StepOutput>, RunError> {
+        self.guarded(Self::collect_oldest)
+    }
+
+    fn collect_oldest(&mut self) -> Result<Option<StepOutput>, RunError> {
         let Some(Flight { step, rows, n_top, draws }) = self.in_flight.pop_front() else { return Ok(None) };
         let drawn = match draws {
             Draws::Here(drawn) => drawn,
@@ -273,11 +253,13 @@ impl<B: Backend> Runner<B> {
     pub fn logits(&mut self, batch: &StepBatch) -> Result<Vec<f32>, RunError> {
         assert_eq!(self.plan.mesh.world_size(), 1, "logits are whole on one rank only");
         self.check(batch)?;
-        let shape = self.upload(batch)?;
-        self.forward(shape)?;
-        let mut logits = vec![0.0; batch.samples.len() * self.n_vocab];
-        self.backend.download(&self.workspace.logits, 0, cast_slice_mut(&mut logits))?;
-        Ok(logits)
+        self.guarded(|runner| {
+            let shape = runner.upload(batch)?;
+            runner.forward(shape)?;
+            let mut logits = vec![0.0; batch.samples.len() * runner.n_vocab];
+            runner.backend.download(&runner.workspace.logits, 0, cast_slice_mut(&mut logits))?;
+            Ok(logits)
+        })
     }
 
     fn forward(&mut self, step: StepShape) -> Result<(), RunError> {

@@ -90,6 +90,12 @@ pub enum RequestError {
     /// A stop string that would match everywhere.
     #[error(transparent)]
     EmptyStop(#[from] EmptyStop),
+    /// No engine is left that could serve it.
+    #[error("the engine has failed and takes no more requests, build a new one: {first}")]
+    EngineFailed {
+        /// What went wrong first.
+        first: String,
+    },
 }
 
 /// Checks all that can be said without knowing the other requests.
