@@ -3,6 +3,9 @@
 //!
 //! `cargo bench -p dist-kernels --bench cuda_kernels [-- [--json FILE] FILTER…]`, for instance `-- linear/few` or
 //! `-- attention/decode`; a case runs if its name contains one of the filters. Without a GPU it says so and ends.
+//!
+//! The section `load` reads weights from a file of 4 GiB (`--load-gib N`) that it makes in `DIST_BENCH_DIR`, else in the
+//! system's folder for such; `--sweep` adds what other buffers and readers reach, and the parts alone.
 
 use std::process::ExitCode;
 
@@ -15,6 +18,10 @@ mod attention;
 mod gpu;
 #[path = "cuda_kernels/linear.rs"]
 mod linear;
+#[path = "cuda_kernels/load.rs"]
+mod load;
+#[path = "cuda_kernels/load_parts.rs"]
+mod load_parts;
 #[path = "cuda_kernels/origin.rs"]
 mod origin;
 #[path = "cuda_kernels/report.rs"]
@@ -29,6 +36,8 @@ use report::Report;
 #[derive(Default)]
 struct Request {
     json: Option<String>,
+    load_gib: Option<usize>,
+    sweeps: bool,
     filters: Vec<String>,
 }
 
@@ -40,7 +49,14 @@ impl Request {
                 // Cargo's own.
                 "--bench" | "--test" => {}
                 "--json" => request.json = Some(words.next().expect("--json takes a file")),
-                _ if word.starts_with("--") => panic!("no flag is called {word}: --json FILE, or filters"),
+                "--load-gib" => {
+                    let size = words.next().and_then(|size| size.parse().ok());
+                    request.load_gib = Some(size.expect("--load-gib takes a whole number"));
+                }
+                "--sweep" => request.sweeps = true,
+                _ if word.starts_with("--") => {
+                    panic!("no flag is called {word}: --json FILE, --load-gib N, --sweep, or filters")
+                }
                 _ => request.filters.push(word),
             }
         }
@@ -53,7 +69,7 @@ impl Request {
 }
 
 /// What of a run went wrong.
-type Failure = Box<dyn std::error::Error>;
+pub(crate) type Failure = Box<dyn std::error::Error>;
 
 fn run(request: &Request, gpu: &mut Gpu) -> Result<(), Failure> {
     let mut report = Report::new(gpu);
@@ -61,6 +77,8 @@ fn run(request: &Request, gpu: &mut Gpu) -> Result<(), Failure> {
     linear::run(gpu, &takes, &mut report)?;
     attention::run(gpu, &takes, &mut report)?;
     rows::run(gpu, &takes, &mut report)?;
+    let asked = load::Asked { gib: request.load_gib, sweeps: request.sweeps };
+    load::run(gpu, &takes, &asked, &mut report)?;
     report.end(gpu)?;
     if let Some(file) = &request.json {
         std::fs::write(file, report.json()? + "\n")?;

@@ -14,7 +14,9 @@ pub(crate) enum Work {
     Read(usize),
     /// Multiplications and additions.
     Multiply(f64),
-    /// Neither: it is as long as it takes.
+    /// Bytes that come from the host, and how many of them the bus carries a second.
+    Load { n_bytes: usize, bus: f64 },
+    /// None of these: it is as long as it takes.
     Latency,
 }
 
@@ -24,16 +26,19 @@ impl Work {
         let (work, ceiling) = match self {
             Self::Read(n_bytes) => (n_bytes as f64, ceilings.read),
             Self::Multiply(flop) => (flop, ceilings.multiply),
+            Self::Load { n_bytes, bus } => (n_bytes as f64, bus),
             Self::Latency => return None,
         };
         Some((work / seconds, work / seconds / ceiling))
     }
 
-    fn unit(self) -> &'static str {
+    /// A unit for people, how much it is, and digits after the point.
+    fn unit(self) -> (&'static str, f64, usize) {
         match self {
-            Self::Read(_) => "TB/s",
-            Self::Multiply(_) => "TFLOP/s",
-            Self::Latency => "",
+            Self::Read(_) => ("TB/s", 1e12, 3),
+            Self::Multiply(_) => ("TFLOP/s", 1e12, 0),
+            Self::Load { .. } => ("GB/s", 1e9, 1),
+            Self::Latency => ("", 1.0, 0),
         }
     }
 }
@@ -47,6 +52,8 @@ pub(crate) enum Bar {
     Seconds(f64),
     /// Share of the library's speed, at least.
     Library(f64),
+    /// Share of what the bus carries, at least.
+    Bus(f64),
 }
 
 /// One measurement.
@@ -74,14 +81,19 @@ impl Line {
                 let (_, library) = self.beside.iter().find(|(name, _)| *name == LIBRARY)?;
                 Some(library / self.seconds >= share)
             }
+            Bar::Bus(least) => self.work.rate(self.seconds, ceilings).map(|(_, share)| share >= least),
         }
     }
 
     fn told(&self, bar: Bar) -> String {
         match bar {
-            Bar::Rate(least) => format!("at least {:.3} {}", least / 1e12, self.work.unit()),
+            Bar::Rate(least) => {
+                let (unit, scale, _) = self.work.unit();
+                format!("at least {:.3} {unit}", least / scale)
+            }
             Bar::Seconds(most) => format!("at most {:.1} µs", most * 1e6),
             Bar::Library(share) => format!("at least {:.0} % of the library", share * 100.0),
+            Bar::Bus(share) => format!("at least {:.0} % of pinned host to device", share * 100.0),
         }
     }
 
@@ -89,8 +101,8 @@ impl Line {
         let mut row = format!("{:<46} {:>9.2}", self.name, self.seconds * 1e6);
         match self.work.rate(self.seconds, ceilings) {
             Some((rate, share)) => {
-                let digits = if matches!(self.work, Work::Read(_)) { 3 } else { 0 };
-                let (rate, unit) = (rate / 1e12, self.work.unit());
+                let (unit, scale, digits) = self.work.unit();
+                let rate = rate / scale;
                 let _ = write!(row, " {rate:>7.digits$} {unit:<7} {:>4.0} %", share * 100.0);
             }
             None => row.push_str(&" ".repeat(23)),
@@ -117,6 +129,7 @@ impl Line {
         let (key, work) = match self.work {
             Work::Read(n_bytes) => ("read_bytes", Some(n_bytes as f64)),
             Work::Multiply(flop) => ("flop", Some(flop)),
+            Work::Load { n_bytes, .. } => ("loaded_bytes", Some(n_bytes as f64)),
             Work::Latency => ("work", None),
         };
         let beside: serde_json::Map<_, _> = self
@@ -148,6 +161,7 @@ impl Line {
 pub(crate) struct Report {
     ceilings: Ceilings,
     origin: Value,
+    notes: Vec<String>,
     lines: Vec<Line>,
 }
 
@@ -172,7 +186,13 @@ impl Report {
             "a second",
             "share",
         ));
-        Self { ceilings, origin: Value::Null, lines: Vec::new() }
+        Self { ceilings, origin: Value::Null, notes: Vec::new(), lines: Vec::new() }
+    }
+
+    /// Words between lines.
+    pub(crate) fn say(&mut self, words: String) {
+        print(&words);
+        self.notes.push(words);
     }
 
     pub(crate) fn push(&mut self, line: Line) {
@@ -200,6 +220,7 @@ impl Report {
         let Ceilings { read, copy, multiply } = self.ceilings;
         let ceilings = json!({ "read_bytes_per_s": read, "copy_bytes_per_s": copy, "flops_per_s": multiply });
         record["ceilings"] = ceilings;
+        record["notes"] = json!(self.notes);
         record["results"] = self.lines.iter().map(|line| line.json(&self.ceilings)).collect();
         serde_json::to_string(&record)
     }

@@ -54,9 +54,9 @@ impl Staging {
     /// Starts the readers, each of which takes its buffers when it has something to read.
     pub fn new(driver: &Driver, ordinal: usize, options: StagingOptions) -> Result<Self> {
         let driver = driver.clone();
-        let open = move || Lane::open(&Context::new(&driver, ordinal)?, options);
+        let open: Open<Lane> = Arc::new(move || Lane::open(&Context::new(&driver, ordinal)?, options));
         let queue = Queue::new(options.chunk_bytes, AHEAD_BYTES);
-        Ok(Self(Team::start(options.n_readers, queue, Arc::new(open))?))
+        Ok(Self(Team::start(options.n_readers, queue, &open)?))
     }
 
     /// Brings `n_bytes` to the bytes of `dst` from `at` on. `fill(from, buffer)` writes those from `from` on to a buffer.
@@ -103,10 +103,10 @@ struct Team<S: Sink> {
 }
 
 impl<S: Sink> Team<S> {
-    fn start(n_readers: usize, queue: Queue<S::Target>, open: Open<S>) -> Result<Self> {
+    fn start(n_readers: usize, queue: Queue<S::Target>, open: &Open<S>) -> Result<Self> {
         let mut team = Self { queue: Arc::new(queue), readers: Vec::with_capacity(n_readers) };
         for _ in 0..n_readers.max(1) {
-            let (queue, open) = (Arc::clone(&team.queue), Arc::clone(&open));
+            let (queue, open) = (Arc::clone(&team.queue), Arc::clone(open));
             match Builder::new().name("weights".to_owned()).spawn(move || read(&queue, &*open)) {
                 Ok(reader) => team.readers.push(reader),
                 // Its work is left to those that are there.

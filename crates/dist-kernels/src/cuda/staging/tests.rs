@@ -57,8 +57,8 @@ impl Sink for Late {
 }
 
 fn team(n_readers: usize, n_buffers: usize, chunk: usize, ahead: usize) -> Team<Late> {
-    let open = Arc::new(move || Ok(Late::open(n_buffers, chunk)));
-    Team::start(n_readers, Queue::new(chunk, ahead), open).unwrap()
+    let open: Open<Late> = Arc::new(move || Ok(Late::open(n_buffers, chunk)));
+    Team::start(n_readers, Queue::new(chunk, ahead), &open).unwrap()
 }
 
 fn byte(at: usize) -> u8 {
@@ -207,7 +207,7 @@ fn bytes_that_cannot_be_read_end_the_load() {
 #[test]
 fn a_gpu_that_takes_nothing_ends_the_load() {
     let open: Open<Late> = Arc::new(|| Err(CudaError::NoGpu));
-    let team = Team::start(2, Queue::new(16, 100), open).unwrap();
+    let team = Team::start(2, Queue::new(16, 100), &open).unwrap();
     told(team.queue.push(Job { target: place(99), at: 0, n_bytes: 99, fill: filling(0) })).unwrap();
     assert_eq!(told(team.queue.finish()), Err(CudaError::NoGpu));
 }
