@@ -106,14 +106,28 @@ fn sending(gpu: &Gpu, driver: &Driver, staging: StagingOptions) -> Result<(usize
     let mut memory = context.alloc("copies", COPIED_BYTES)?;
     let mut readers = Staging::new(driver, ordinal, staging)?;
     // The first time they take their buffers.
-    readers.load(&mut memory, 0, COPIED_BYTES / 2, Box::new(|_, _| Ok(())))?;
+    readers.load(&mut memory, 0, (1, COPIED_BYTES / 2), Box::new(|_, _| Ok(())))?;
     readers.finish()?;
     let start = Instant::now();
     for _ in 0..N_COPIED {
-        readers.load(&mut memory, 0, COPIED_BYTES, Box::new(|_, _| Ok(())))?;
+        readers.load(&mut memory, 0, (1, COPIED_BYTES), Box::new(|_, _| Ok(())))?;
     }
     readers.finish()?;
     Ok((N_COPIED * COPIED_BYTES, start.elapsed().as_secs_f64()))
+}
+
+/// Seconds in which readers start, take their buffers, send one each and end.
+fn starting(gpu: &Gpu, driver: &Driver, staging: StagingOptions) -> Result<f64, Failure> {
+    let ordinal = gpu.backend.describe().ordinal;
+    let context = Context::new(driver, ordinal)?;
+    let n_bytes = staging.n_readers * staging.chunk_bytes;
+    let mut memory = context.alloc("copies", n_bytes)?;
+    let start = Instant::now();
+    let mut readers = Staging::new(driver, ordinal, staging)?;
+    readers.load(&mut memory, 0, (1, n_bytes), Box::new(|_, _| Ok(())))?;
+    readers.finish()?;
+    drop(readers);
+    Ok(start.elapsed().as_secs_f64())
 }
 
 fn push_sending(
@@ -151,6 +165,7 @@ pub(crate) fn run(
     let staging = StagingOptions::of_cores(n_cores());
     push_reading(&context, source, (staging, bus), report)?;
     push_sending(gpu, driver, (staging, bus), report)?;
+    report.push(line("start and end", staging, starting(gpu, driver, staging)?, Work::Latency));
     // Without a file: what copying alone costs.
     let mut memory = MmapMut::map_anon(MEMORY_BYTES)?;
     memory.fill(0x5a);

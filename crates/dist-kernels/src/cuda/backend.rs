@@ -233,7 +233,7 @@ impl Backend for CudaBackend {
         }
         let staging = self.weights.as_mut().expect("taken above");
         let fill = Box::new(move |from, bytes: &mut [u8]| copy_bytes(&weight, from, dtype, bytes));
-        staging.load(&mut data.memory, 0, n * ld * dtype.bytes(), fill)?;
+        staging.load(&mut data.memory, 0, (n, ld * dtype.bytes()), fill)?;
         Ok(Weight { parts: vec![WeightPart { data, n, ld }], dtype, layout: Layout::Nk, n, k })
     }
 

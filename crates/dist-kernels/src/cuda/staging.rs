@@ -59,10 +59,18 @@ impl Staging {
         Ok(Self(Team::start(options.n_readers, queue, &open)?))
     }
 
-    /// Brings `n_bytes` to the bytes of `dst` from `at` on. `fill(from, buffer)` writes those from `from` on to a buffer.
-    /// When this returns most may still have to be read, and the error may be of an earlier load: see [`Self::finish`].
-    pub fn load(&mut self, dst: &mut DeviceMemory, at: usize, n_bytes: usize, fill: Fill) -> Result<()> {
-        told(self.0.queue.push(Job { target: dst.target(), at, n_bytes, fill }))
+    /// Brings rows, how many and of how many bytes, to the bytes of `dst` from `at` on. `fill(from, buffer)` writes those
+    /// from `from` on to a buffer. When this returns most may still have to be read, and the error may be of an earlier
+    /// load: see [`Self::finish`].
+    pub fn load(
+        &mut self,
+        dst: &mut DeviceMemory,
+        at: usize,
+        (n_rows, row_bytes): (usize, usize),
+        fill: Fill,
+    ) -> Result<()> {
+        let job = Job { target: dst.target(), at, n_bytes: n_rows * row_bytes, row_bytes, fill };
+        told(self.0.queue.push(job))
     }
 
     /// Waits until everything has arrived.

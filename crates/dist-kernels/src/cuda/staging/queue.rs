@@ -19,6 +19,8 @@ pub(super) struct Job<T> {
     /// Where the first byte comes to.
     pub(super) at: usize,
     pub(super) n_bytes: usize,
+    /// Pieces are whole rows of so many bytes, where a piece has room for one: a row that is cut costs two reads.
+    pub(super) row_bytes: usize,
     pub(super) fill: Fill,
 }
 
@@ -78,7 +80,9 @@ impl<T> State<T> {
     fn piece(&mut self, n_bytes_max: usize) -> Option<Piece<T>> {
         let job = Arc::clone(self.jobs.front()?);
         let from = self.handed_out;
-        let n_bytes = n_bytes_max.min(job.n_bytes - from);
+        let n_rows = n_bytes_max / job.row_bytes.max(1);
+        let whole = if n_rows > 0 { n_rows * job.row_bytes } else { n_bytes_max };
+        let n_bytes = whole.min(job.n_bytes - from);
         self.handed_out += n_bytes;
         if self.handed_out == job.n_bytes {
             self.drop_first();

@@ -61,6 +61,11 @@ fn team(n_readers: usize, n_buffers: usize, chunk: usize, ahead: usize) -> Team<
     Team::start(n_readers, Queue::new(chunk, ahead), &open).unwrap()
 }
 
+/// A job of single bytes.
+fn job(target: &Place, at: usize, n_bytes: usize, fill: Fill) -> Job<Place> {
+    Job { target: Arc::clone(target), at, n_bytes, row_bytes: 1, fill }
+}
+
 fn byte(at: usize) -> u8 {
     (at.wrapping_mul(2_654_435_761) >> 13) as u8
 }
@@ -89,8 +94,7 @@ fn every_byte_arrives_and_no_buffer_is_filled_too_early() {
         let target = place(n_bytes);
         // The second time with readers that have waited.
         for first in [0, 9] {
-            let (target, fill) = (Arc::clone(&target), filling(first));
-            told(team.queue.push(Job { target, at: 0, n_bytes, fill })).unwrap();
+            told(team.queue.push(job(&target, 0, n_bytes, filling(first)))).unwrap();
             told(team.queue.finish()).unwrap();
         }
         let found = target.lock().unwrap();
@@ -109,12 +113,26 @@ fn weights_of_all_sizes_follow_each_other() {
         let (team, target) = (team(3, 2, 64, ahead), place(total));
         let mut at = 0;
         for &n_bytes in &sizes {
-            let (target, fill) = (Arc::clone(&target), filling(at));
-            told(team.queue.push(Job { target, at, n_bytes, fill })).unwrap();
+            told(team.queue.push(job(&target, at, n_bytes, filling(at)))).unwrap();
             at += n_bytes;
         }
         told(team.queue.finish()).unwrap();
         assert!(target.lock().unwrap().iter().enumerate().all(|(at, &found)| found == byte(at)), "{ahead}");
+    }
+}
+
+#[test]
+fn pieces_are_whole_rows_where_they_have_room() {
+    let place = place(1200);
+    for (row_bytes, expected) in [(1, 64), (24, 48), (64, 64), (65, 64), (300, 64)] {
+        let queue = Queue::new(64, 0);
+        told(queue.push(Job { row_bytes, ..job(&place, 0, 1200, filling(0)) })).unwrap();
+        let (mut at, mut is_sending) = (0, false);
+        while at < 1200 {
+            let Some(Order::Read(piece)) = queue.next(&mut is_sending) else { panic!("bytes are left") };
+            assert_eq!((piece.from, piece.n_bytes), (at, expected.min(1200 - at)), "rows of {row_bytes}");
+            at += piece.n_bytes;
+        }
     }
 }
 
@@ -143,15 +161,14 @@ fn readers_go_from_one_weight_to_the_next_without_waiting_for_each_other() {
         held.pass();
         filling(0)(from, buffer)
     });
-    told(team.queue.push(Job { target: Arc::clone(&target), at: 0, n_bytes: 64, fill: slow })).unwrap();
+    told(team.queue.push(job(&target, 0, 64, slow))).unwrap();
     let quick: Fill = Box::new(move |from, buffer| {
         if others.fetch_add(1, Ordering::Relaxed) + 1 == 39 {
             gate.open();
         }
         filling(64)(from, buffer)
     });
-    told(team.queue.push(Job { target: Arc::clone(&target), at: 64, n_bytes: 64 * 39, fill: quick }))
-        .unwrap();
+    told(team.queue.push(job(&target, 64, 64 * 39, quick))).unwrap();
     told(team.queue.finish()).unwrap();
     assert!(target.lock().unwrap().iter().enumerate().all(|(at, &found)| found == byte(at)));
 }
@@ -167,7 +184,7 @@ fn readers_stay() {
             seen.lock().unwrap().insert(format!("{id:?}"));
             Ok(())
         });
-        told(team.queue.push(Job { target: Arc::clone(&target), at: 0, n_bytes: 16 * 100, fill })).unwrap();
+        told(team.queue.push(job(&target, 0, 16 * 100, fill))).unwrap();
     }
     told(team.queue.finish()).unwrap();
     assert!(seen.lock().unwrap().len() <= 3);
@@ -182,7 +199,7 @@ fn a_reader_that_panics_ends_the_load() {
         assert!(from < 500, "the file ends here");
         Ok(())
     });
-    told(team.queue.push(Job { target: place(1000), at: 0, n_bytes: 1000, fill: bad })).unwrap();
+    told(team.queue.push(job(&place(1000), 0, 1000, bad))).unwrap();
     let panic = catch_unwind(AssertUnwindSafe(|| told(team.queue.finish()))).unwrap_err();
     assert_eq!(panic.downcast_ref::<&str>(), Some(&"the file ends here"));
 }
@@ -193,7 +210,7 @@ fn bytes_that_cannot_be_read_end_the_load() {
     let short = || -> Fill {
         Box::new(|from, _| if from < 500 { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) })
     };
-    let load = |n_bytes, fill| told(team.queue.push(Job { target: place(n_bytes), at: 0, n_bytes, fill }));
+    let load = |n_bytes, fill| told(team.queue.push(job(&place(n_bytes), 0, n_bytes, fill)));
     load(1000, short()).unwrap();
     let error = told(team.queue.finish()).unwrap_err();
     assert_eq!(error.to_string(), "the weights cannot be read: unexpected end of file");
@@ -208,15 +225,14 @@ fn bytes_that_cannot_be_read_end_the_load() {
 fn a_gpu_that_takes_nothing_ends_the_load() {
     let open: Open<Late> = Arc::new(|| Err(CudaError::NoGpu));
     let team = Team::start(2, Queue::new(16, 100), &open).unwrap();
-    told(team.queue.push(Job { target: place(99), at: 0, n_bytes: 99, fill: filling(0) })).unwrap();
+    told(team.queue.push(job(&place(99), 0, 99, filling(0)))).unwrap();
     assert_eq!(told(team.queue.finish()), Err(CudaError::NoGpu));
 }
 
 #[test]
 fn a_load_may_be_given_up() {
     let (team, target) = (team(2, 2, 16, usize::MAX), place(1 << 20));
-    told(team.queue.push(Job { target: Arc::clone(&target), at: 0, n_bytes: 1 << 20, fill: filling(0) }))
-        .unwrap();
+    told(team.queue.push(job(&target, 0, 1 << 20, filling(0)))).unwrap();
     drop(team);
     assert_eq!(Arc::strong_count(&target), 1);
 }
@@ -231,8 +247,8 @@ fn weights_arrive_on_the_gpu() {
     let n = 5_000_001;
     let mut memory = gpu.context.alloc("weights", 2 * n + 3).unwrap();
     // The second load begins while the first is on its way.
-    staging.load(&mut memory, 0, n, filling(0)).unwrap();
-    staging.load(&mut memory, n + 3, n, filling(7)).unwrap();
+    staging.load(&mut memory, 0, (n, 1), filling(0)).unwrap();
+    staging.load(&mut memory, n + 3, (n, 1), filling(7)).unwrap();
     staging.finish().unwrap();
     let mut back = vec![0; 2 * n + 3];
     stream.download(&mut back, &memory, 0).unwrap();
@@ -248,7 +264,7 @@ fn memory_of_the_gpu_waits_for_those_who_write_to_it() {
     let mut staging = Staging::new(&Driver::open(&gpu.libraries).unwrap(), 0, options).unwrap();
     for _ in 0..20 {
         let mut memory = gpu.context.alloc("weights", 4 << 20).unwrap();
-        staging.load(&mut memory, 0, 4 << 20, filling(0)).unwrap();
+        staging.load(&mut memory, 0, (1 << 10, 4 << 10), filling(0)).unwrap();
     }
     staging.finish().unwrap();
 }
