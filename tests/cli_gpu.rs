@@ -139,12 +139,17 @@ fn a_compiler_that_is_none_is_named() {
     );
 }
 
+/// Whether the loader of this machine knows a real library, which is taken then: that of this place in doctor's list.
+fn loader_knows(library: usize) -> bool {
+    let without = Home::new().json(&["doctor", "--json"]);
+    without["ranks"][0]["machine"]["gpu"]["libraries"][library]["version"].is_string()
+}
+
 /// What doctor says of the driver whose answers these are; `None` where the loader knows a real one.
 fn driver_told(version: &str, status: &str) -> Option<(String, Vec<String>)> {
     let home = Home::new();
-    stubs::driver(home.path());
-    let without = Home::new().json(&["doctor", "--json"]);
-    if without["ranks"][0]["machine"]["gpu"]["libraries"][0]["version"].is_string() {
+    stubs::driver(home.path(), &[]);
+    if loader_knows(0) {
         return None;
     }
     let ran = home.run(&["doctor", "--json"], &[("STUB_VERSION", version), ("STUB_STATUS", status)]);
@@ -170,4 +175,59 @@ fn a_driver_that_cannot_be_used_is_told_and_nothing_panics() {
         assert!(expected.iter().all(|part| told.contains(part)), "{told}");
         assert!(findings.iter().any(|finding| finding.contains(expected[0])), "{findings:?}");
     }
+}
+
+#[test]
+fn a_driver_that_lacks_a_function_is_told_and_nothing_panics() {
+    if loader_knows(0) {
+        return;
+    }
+    // The first that is called, one that only an error calls, and one that is called long after the start.
+    for lacking in ["cuInit", "cuGetErrorName", "cuLaunchKernelEx"] {
+        let home = Home::new();
+        stubs::driver(home.path(), &[lacking]);
+        let set = [("STUB_VERSION", "13000"), ("STUB_STATUS", "803")];
+        let told = format!("cannot be used: it lacks {lacking}");
+        let check = |args: &[&str], code: i32| {
+            let ran = home.run(args, &set);
+            assert_eq!(ran.code, Some(code), "{args:?}: {}", ran.err);
+            assert!(!ran.err.contains("panicked"), "{args:?}: {}", ran.err);
+            ran
+        };
+        let report: Value =
+            serde_json::from_str(&check(&["doctor", "--json"], 0).out).expect("one JSON object");
+        let problem = &report["ranks"][0]["machine"]["gpu"]["problem"];
+        assert!(problem["what"].as_str().unwrap().contains(&told), "{problem}");
+        assert!(problem["help"].as_str().unwrap().contains("driver 580"), "{problem}");
+        assert!(strings(&report["findings"], "what").iter().any(|what| what.contains(&told)), "{report}");
+        let infer = ["infer", "--max-new-tokens", "2", "--prompt", "To be", "--device"];
+        let ran = check(&[&infer[..], &["auto"]].concat(), 0);
+        let lines: Vec<_> = ran.err.lines().filter(|line| line.contains(&told)).collect();
+        assert!(lines.len() == 1 && lines[0].contains("on the CPU"), "{}", ran.err);
+        let ran = check(&[&infer[..], &["cuda"]].concat(), 1);
+        assert!(ran.err.contains(&told) && ran.err.contains("help: ") && ran.out.is_empty(), "{}", ran.err);
+    }
+    // One that lacks nothing is used, and says that there is no GPU.
+    let home = Home::new();
+    stubs::driver(home.path(), &[]);
+    let ran = home.run(&["infer", "--prompt", "a", "--device", "cuda"], &[("STUB_VERSION", "13000")]);
+    assert!(ran.err.contains("the driver sees 0"), "{}", ran.err);
+}
+
+#[test]
+fn a_cublas_lt_that_lacks_functions_is_told() {
+    if loader_knows(2) {
+        return;
+    }
+    let told = |lacking: &[&str]| {
+        let home = Home::new();
+        stubs::cublas_lt(home.path(), lacking);
+        home.json(&["doctor", "--json"])["ranks"][0]["machine"]["gpu"]["libraries"][2].clone()
+    };
+    let whole = told(&[]);
+    assert!(whole["name"] == "cuBLASLt" && whole["version"] == "13.1", "{whole}");
+    let problem = told(&["cublasLtMatmul", "cublasLtMatmulAlgoCheck"])["problem"].clone();
+    let what = problem["what"].as_str().unwrap();
+    assert!(what.ends_with("it lacks cublasLtMatmul, cublasLtMatmulAlgoCheck"), "{problem}");
+    assert!(problem["help"].as_str().unwrap().contains("pip install nvidia-cublas"), "{problem}");
 }

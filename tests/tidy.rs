@@ -5,6 +5,8 @@
 
 #[path = "tidy/arrows.rs"]
 mod arrows;
+#[path = "tidy/calls.rs"]
+mod calls;
 #[path = "tidy/kernels.rs"]
 mod kernels;
 #[path = "tidy/modules.rs"]
@@ -77,6 +79,11 @@ fn file_names_say_something() {
 #[test]
 fn every_kernel_is_listed() {
     assert_tidy(&kernels::unlisted(&repo::read()));
+}
+
+#[test]
+fn every_call_through_cudarc_is_listed() {
+    assert_tidy(&calls::unlisted(&repo::read()));
 }
 
 #[test]

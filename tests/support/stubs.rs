@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use dist_kernels::cuda::libraries::symbols;
+
 /// NVRTC: its machine code is the program's own text's length, and its log names one kernel, `UNIT_kernel`. The kernel
 /// of the unit that `STUB_SPILLS` names spills; the unit that `STUB_ERROR` names does not compile.
 const NVRTC: &str = r#"
@@ -36,12 +38,13 @@ int nvrtcGetCUBINSize(struct program *p, size_t *n) { *n = strlen(p->cubin); ret
 int nvrtcGetCUBIN(struct program *p, char *cubin) { memcpy(cubin, p->cubin, strlen(p->cubin)); return 0; }
 "#;
 
-/// The driver, as far as it is called before it has said that it is of no use.
+/// The driver, as far as it is called before it has said that it is of no use; what else it has does nothing.
 const DRIVER: &str = r#"
 #include <stdlib.h>
 static int number(const char *name) { const char *value = getenv(name); return value ? atoi(value) : 0; }
 int cuDriverGetVersion(int *version) { *version = number("STUB_VERSION"); return 0; }
 int cuInit(unsigned flags) { return number("STUB_STATUS"); }
+int cuDeviceGetCount(int *n) { *n = 0; return 0; }
 int cuGetErrorName(int status, const char **name) { *name = "CUDA_ERROR_OF_THE_STUB"; return 0; }
 int cuGetErrorString(int status, const char **text) { *text = "the stub says so"; return 0; }
 "#;
@@ -51,9 +54,30 @@ pub(crate) fn nvrtc(dir: &Path) -> PathBuf {
     build(dir, "libnvrtc.so.13", NVRTC)
 }
 
-/// A stub of the driver in `dir`.
-pub(crate) fn driver(dir: &Path) -> PathBuf {
-    build(dir, "libcuda.so.1", DRIVER)
+/// cuBLASLt, which is opened and not called here.
+const CUBLAS_LT: &str = "#include <stddef.h>\nsize_t cublasLtGetVersion(void) { return 130100; }\n";
+
+/// A stub of the driver in `dir`, with every function that is looked up but `lacking`.
+pub(crate) fn driver(dir: &Path, lacking: &[&str]) -> PathBuf {
+    build(dir, "libcuda.so.1", &with_all(DRIVER, symbols::of_driver(), lacking))
+}
+
+/// A stub of cuBLASLt in `dir`, in the same way.
+pub(crate) fn cublas_lt(dir: &Path, lacking: &[&str]) -> PathBuf {
+    build(dir, "libcublasLt.so.13", &with_all(CUBLAS_LT, symbols::of_cublas_lt(), lacking))
+}
+
+/// `source` without the lines of functions that are `lacking`, and with one for each other symbol that it has not.
+fn with_all(source: &str, all: impl Iterator<Item = &'static str>, lacking: &[&str]) -> String {
+    let names = |line: &str, symbol: &str| line.contains(&format!(" {symbol}("));
+    let kept = source.lines().filter(|line| !lacking.iter().any(|symbol| names(line, symbol)));
+    let mut whole: Vec<String> = kept.map(str::to_owned).collect();
+    for symbol in all.filter(|symbol| !lacking.contains(symbol)) {
+        if !whole.iter().any(|line| names(line, symbol)) {
+            whole.push(format!("int {symbol}(void) {{ return 0; }}"));
+        }
+    }
+    whole.join("\n") + "\n"
 }
 
 fn build(dir: &Path, file: &str, source: &str) -> PathBuf {

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use dist_kernels::cuda::cache::KernelCache;
 use dist_kernels::cuda::driver::{CudaError, DeviceInfo, Driver};
-use dist_kernels::cuda::libraries::Libraries;
+use dist_kernels::cuda::libraries::{Libraries, LibraryError};
 use dist_kernels::cuda::units::UNITS;
 
 use crate::problem::Problem;
@@ -105,12 +105,15 @@ pub fn choose(asked: GpuAsked, look: impl FnOnce() -> Usable) -> anyhow::Result<
         GpuAsked::Cuda(ordinal) => Some(ordinal.unwrap_or(0)),
     };
     let usable = look();
-    let is_here = !matches!(usable.devices, Err(CudaError::Library(_)));
+    let is_here = !matches!(usable.devices, Err(CudaError::Library(LibraryError::NotFound { .. })));
+    // A driver that is there and of no use is the machine's fault and not the flag's.
+    let is_broken = is_here && usable.devices.is_err();
     match (pick(ordinal, &usable), ordinal) {
         (Ok(ordinal), _) => Ok(DeviceChoice::Cuda { ordinal }),
         (Err((why, _)), None) => Ok(DeviceChoice::Cpu { why: Some(why), is_here }),
         (Err((why, help)), Some(ordinal)) => {
-            let problem = Problem::usage(format!("--device cuda:{ordinal}: {why}"));
+            let problem = if is_broken { Problem::failed } else { Problem::usage };
+            let problem = problem(format!("--device cuda:{ordinal}: {why}"));
             Err(problem.help(help.unwrap_or_else(|| "write --device cpu, or leave it out".to_owned())).into())
         }
     }
@@ -203,6 +206,22 @@ mod tests {
         check("cuda:1", &with(&[9, 8]), "GPU 1");
         check("cuda:2", &with(&[9, 8]), "error: --device cuda:2: there is no GPU 2: the driver sees 2");
         check("cuda:0", &with(&[7, 8]), "error: --device cuda:0: GPU of 7 has compute capability 7.0");
+    }
+
+    #[test]
+    fn a_driver_that_is_here_and_of_no_use_is_told_as_the_machines_fault() {
+        let path = std::path::PathBuf::from("libcuda.so.1");
+        let incomplete =
+            LibraryError::Incomplete { name: "the CUDA driver", path, symbols: vec!["cuLaunchKernelEx"] };
+        let usable = || Usable { devices: Err(incomplete.clone().into()), ..with(&[]) };
+        let told = choose(GpuAsked::Auto, usable).unwrap();
+        assert!(
+            matches!(&told, DeviceChoice::Cpu { why: Some(why), is_here: true } if why.contains("lacks cuLaunch"))
+        );
+        let error = choose(GpuAsked::Cuda(None), usable).unwrap_err();
+        assert_eq!(crate::problem::exit_of(&error), crate::problem::Exit::Failed);
+        let error = choose(GpuAsked::Cuda(Some(7)), || with(&[9])).unwrap_err();
+        assert_eq!(crate::problem::exit_of(&error), crate::problem::Exit::Usage);
     }
 
     #[test]

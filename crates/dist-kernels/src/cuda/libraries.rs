@@ -1,7 +1,10 @@
 //! Finding and opening NVIDIA's libraries by path. What is not there is a value that says where it was looked for;
-//! nothing of cudarc may be called before [`Libraries::driver`] has succeeded, because it panics on a missing library.
+//! nothing of cudarc may be called before [`Libraries::whole_driver`] has succeeded, because it panics on a missing
+//! library, and on a function ([`symbols`]) that a library lacks.
 //!
 //! Where to look is the caller's to say ([`LibraryDirs`]): this crate reads no environment.
+
+pub mod symbols;
 
 use std::ffi::c_int;
 use std::fmt;
@@ -70,6 +73,16 @@ pub enum LibraryError {
         /// What the loader says.
         why: String,
     },
+    /// It opens, and functions that are called are not in it.
+    #[error("{name} at {} cannot be used: it lacks {}", .path.display(), listed(.symbols))]
+    Incomplete {
+        /// For people.
+        name: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What it lacks.
+        symbols: Vec<&'static str>,
+    },
 }
 
 impl LibraryError {
@@ -85,6 +98,14 @@ impl LibraryError {
             Self::Unusable { path, .. } => {
                 format!("repair or remove {}, or name another folder in DIST_CUDA_LIB", path.display())
             }
+            Self::Incomplete { name, path, .. } if *name == DRIVER.name => format!(
+                "it is too old or not NVIDIA's own: install NVIDIA's driver 580 or later, and see what {} is",
+                path.display()
+            ),
+            Self::Incomplete { .. } => format!(
+                "it is too old or not NVIDIA's own: pip install {}, and name its folder in DIST_CUDA_LIB",
+                package("")
+            ),
         }
     }
 }
@@ -95,6 +116,13 @@ fn package(file: &str) -> &'static str {
         _ if file.starts_with("libnccl") => "nvidia-nccl-cu13==2.28.9",
         _ => "nvidia-cublas==13.1.0.3",
     }
+}
+
+/// The first few of them.
+fn listed(symbols: &[&str]) -> String {
+    const MOST: usize = 4;
+    let first = symbols[..symbols.len().min(MOST)].join(", ");
+    if symbols.len() <= MOST { first } else { format!("{first} and {} more", symbols.len() - MOST) }
 }
 
 fn places(searched: &[PathBuf]) -> String {
@@ -146,6 +174,7 @@ const NCCL: Kind = Kind { name: "NCCL", files: &["libnccl.so.2"], before: None, 
 pub struct Libraries {
     dirs: LibraryDirs,
     driver: OnceLock<Result<Opened, LibraryError>>,
+    whole_driver: OnceLock<Result<(), LibraryError>>,
     nvrtc: OnceLock<Result<Nvrtc, LibraryError>>,
     cublas_lt: OnceLock<Result<Opened, LibraryError>>,
     nccl: OnceLock<Result<Opened, LibraryError>>,
@@ -155,10 +184,10 @@ impl Libraries {
     /// Opens nothing yet.
     pub fn new(dirs: LibraryDirs) -> Self {
         let (driver, cublas_lt, nccl) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
-        Self { dirs, driver, nvrtc: OnceLock::new(), cublas_lt, nccl }
+        Self { dirs, driver, whole_driver: OnceLock::new(), nvrtc: OnceLock::new(), cublas_lt, nccl }
     }
 
-    /// The driver, libcuda.
+    /// The driver, libcuda, as a file that tells its version.
     pub fn driver(&self) -> Result<&Opened, LibraryError> {
         let driver = self.driver.get_or_init(|| {
             let opened = open(&DRIVER, &self.dirs)?;
@@ -167,6 +196,18 @@ impl Libraries {
             if is_seen { Ok(opened) } else { Err(hidden(DRIVER.name, opened.path)) }
         });
         driver.as_ref().map_err(Clone::clone)
+    }
+
+    /// The driver with all functions that are called. One that is too old is better told by its version: look at that
+    /// first.
+    pub fn whole_driver(&self) -> Result<(), LibraryError> {
+        let opened = self.driver()?;
+        let looked_up = self.whole_driver.get_or_init(|| {
+            // SAFETY: cudarc finds the library, which `driver` has seen to.
+            let library = unsafe { cudarc::driver::sys::culib() };
+            has_all(DRIVER.name, opened, library, symbols::of_driver())
+        });
+        looked_up.clone()
     }
 
     /// The compiler of kernels.
@@ -180,13 +221,17 @@ impl Libraries {
         nvrtc.as_ref().map_err(Clone::clone)
     }
 
-    /// NVIDIA's matrix products.
+    /// NVIDIA's matrix products, with all functions that are called.
     pub fn cublas_lt(&self) -> Result<&Opened, LibraryError> {
         let cublas_lt = self.cublas_lt.get_or_init(|| {
             let opened = open(&CUBLAS_LT, &self.dirs)?;
             // SAFETY: as for the driver.
-            let is_seen = unsafe { cudarc::cublaslt::sys::is_culib_present() };
-            if is_seen { Ok(opened) } else { Err(hidden(CUBLAS_LT.name, opened.path)) }
+            if !unsafe { cudarc::cublaslt::sys::is_culib_present() } {
+                return Err(hidden(CUBLAS_LT.name, opened.path));
+            }
+            // SAFETY: cudarc finds the library, as it has just said.
+            let library = unsafe { cudarc::cublaslt::sys::culib() };
+            has_all(CUBLAS_LT.name, &opened, library, symbols::of_cublas_lt()).map(|()| opened)
         });
         cublas_lt.as_ref().map_err(Clone::clone)
     }
@@ -206,6 +251,22 @@ impl Libraries {
 fn hidden(name: &'static str, path: PathBuf) -> LibraryError {
     let why = "it does not carry the name that its file has".to_owned();
     LibraryError::Unusable { name, path, why }
+}
+
+/// Whether `library`, which is the one that cudarc calls, has all of `symbols`.
+fn has_all(
+    name: &'static str,
+    opened: &Opened,
+    library: &Library,
+    symbols: impl Iterator<Item = &'static str>,
+) -> Result<(), LibraryError> {
+    // SAFETY: a function that is looked up and not called.
+    let lacks = |symbol: &&str| unsafe { library.get::<unsafe extern "C" fn()>(*symbol).is_err() };
+    let symbols: Vec<_> = symbols.filter(lacks).collect();
+    if symbols.is_empty() {
+        return Ok(());
+    }
+    Err(LibraryError::Incomplete { name, path: opened.path.clone(), symbols })
 }
 
 fn open(kind: &Kind, dirs: &LibraryDirs) -> Result<Opened, LibraryError> {
@@ -314,65 +375,4 @@ fn told(error: &libloading::Error) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn only(dir: &Path) -> Libraries {
-        Libraries::new(LibraryDirs { first: vec![dir.to_owned()], asks_loader: false, last: Vec::new() })
-    }
-
-    #[test]
-    fn an_empty_folder_has_no_library_and_the_error_names_it() {
-        let dir = tempfile::tempdir().unwrap();
-        let libraries = only(dir.path());
-        let errors = [
-            libraries.driver().unwrap_err(),
-            libraries.nvrtc().unwrap_err(),
-            libraries.cublas_lt().unwrap_err(),
-            libraries.nccl().unwrap_err(),
-        ];
-        for (error, file) in
-            errors.iter().zip(["libcuda.so.1", "libnvrtc.so.13", "libcublasLt.so.13", "libnccl.so.2"])
-        {
-            assert!(matches!(error, LibraryError::NotFound { .. }), "{error:?}");
-            let told = error.to_string();
-            assert!(told.contains(file) && told.contains(&dir.path().display().to_string()), "{told}");
-            assert!(error.help().contains("DIST_CUDA_LIB"), "{}", error.help());
-        }
-    }
-
-    #[test]
-    fn a_file_that_is_no_library_is_named_with_what_the_loader_says() {
-        let dir = tempfile::tempdir().unwrap();
-        for file in ["libcuda.so.1", "libnvrtc.so.13"] {
-            std::fs::write(dir.path().join(file), "not a library").unwrap();
-        }
-        let libraries = only(dir.path());
-        for error in [libraries.driver().unwrap_err(), libraries.nvrtc().unwrap_err()] {
-            let LibraryError::Unusable { path, why, .. } = &error else { panic!("{error:?}") };
-            assert_eq!(path.parent(), Some(dir.path()));
-            assert!(why.contains("ELF") || why.contains("too short"), "{why}");
-        }
-    }
-
-    #[test]
-    fn a_library_without_its_functions_is_unusable() {
-        // The C library is a library everywhere, and has no function of CUDA's.
-        let Some(libc) = mapped("libc.so.6") else { return };
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::copy(libc, dir.path().join("libcublasLt.so.13")).unwrap();
-        let error = only(dir.path()).cublas_lt().unwrap_err();
-        assert!(
-            matches!(&error, LibraryError::Unusable { why, .. } if why.contains("cublasLtGetVersion")),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn numbers_are_versions() {
-        assert_eq!(Version::of_number(13_000, 1000, 10).to_string(), "13.0");
-        assert_eq!(Version::of_number(12_080, 1000, 10), Version { major: 12, minor: 8 });
-        assert_eq!(Version::of_number(130_100, 10_000, 100).to_string(), "13.1");
-        assert!(Version { major: 12, minor: 8 } < Version { major: 13, minor: 0 });
-    }
-}
+mod tests;

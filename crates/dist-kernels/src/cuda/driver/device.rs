@@ -59,6 +59,8 @@ impl Driver {
         if version < VERSION_LEAST {
             return Err(CudaError::DriverTooOld { found: version, least: VERSION_LEAST });
         }
+        // Before any other call: without its function it panics.
+        libraries.whole_driver()?;
         result::init().map_err(|error| match error.0 {
             CUresult::CUDA_ERROR_NO_DEVICE => CudaError::NoGpu,
             _ => failed("cuInit", "this machine", error),
@@ -149,7 +151,7 @@ impl Context {
             }
             _ => failed("cuDevicePrimaryCtxRetain", what(), error),
         })?;
-        let mut inner = Inner { device, info, own: stream::null(), is_first: false };
+        let mut inner = Inner { device, info, own: std::ptr::null_mut(), is_first: false };
         inner.is_first = before.is_none();
         if before.is_some_and(|before| before != handle) {
             return Err(CudaError::OtherGpu);
