@@ -89,6 +89,22 @@ fn a_damaged_kernel_is_built_anew() {
 }
 
 #[test]
+fn a_pipe_among_the_kernels_is_listed_as_damaged_and_replaced() {
+    let home = Home::new();
+    stubs::nvrtc(home.path());
+    home.run(&["kernels", "build", "--arch", "sm_80", "-q"], &[]).well();
+    let all = entries(&home.path().join("cache"));
+    fs::remove_file(&all[0]).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(&all[0]).status().unwrap().success());
+    let told = home.run(&["kernels", "list"], &[]).well();
+    assert_eq!(told.matches(" damaged ").count(), 1, "{told}");
+    let listed = home.json(&["kernels", "list", "--json"]).to_string();
+    assert_eq!(listed.matches(r#""damage":"it is no regular file""#).count(), 1, "{listed}");
+    home.run(&["kernels", "build", "--arch", "sm_80", "-q"], &[]).well();
+    assert!(fs::metadata(&all[0]).unwrap().is_file());
+}
+
+#[test]
 fn what_spills_or_does_not_compile_fails_by_name() {
     let home = Home::new();
     stubs::nvrtc(home.path());

@@ -20,6 +20,7 @@ mod loaded;
 pub mod nvrtc;
 mod outputs;
 pub mod plans;
+mod regular_file;
 mod sample;
 pub mod staging;
 mod tune;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use dist_kernels::cuda::cache::{Cubin, KernelCache, Origin};
+use dist_kernels::cuda::cache::{Cubin, Kept, KernelCache, Origin};
 use dist_kernels::cuda::compile::{Arch, Compiler, Program};
 use dist_kernels::cuda::units::{UNITS, Unit};
 
@@ -26,8 +26,8 @@ pub struct Built {
 pub struct Listed {
     /// The unit.
     pub unit: &'static Unit,
-    /// What it is compiled for beforehand, and whether that is stored.
-    pub stored: Vec<(Arch, bool)>,
+    /// What it is compiled for beforehand, and what of that is stored.
+    pub stored: Vec<(Arch, Kept)>,
 }
 
 /// Runs the command.
@@ -48,7 +48,7 @@ pub fn run(args: &KernelsArgs, console: &Console) -> anyhow::Result<()> {
 }
 
 fn list(unit: &'static Unit, cache: &KernelCache) -> Listed {
-    let stored = unit.archs.iter().map(|&arch| (arch, cache.holds(&unit.program(arch)))).collect();
+    let stored = unit.archs.iter().map(|&arch| (arch, cache.look(&unit.program(arch)))).collect();
     Listed { unit, stored }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use dist_kernels::cuda::cache::{KernelCache, Origin};
+use dist_kernels::cuda::cache::{Kept, KernelCache, Origin};
 use dist_kernels::cuda::compile::{Arch, Usage};
 use dist_kernels::cuda::libraries::Version;
 use serde::Serialize;
@@ -50,13 +50,23 @@ struct ListedObject<'a> {
 struct ListedUnit<'a> {
     unit: &'a str,
     files: Vec<&'a str>,
-    archs: Vec<ListedArch>,
+    archs: Vec<ListedArch<'a>>,
 }
 
 #[derive(Serialize)]
-struct ListedArch {
+struct ListedArch<'a> {
     arch: Arch,
     is_stored: bool,
+    /// Why what is stored cannot be used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    damage: Option<&'a str>,
+}
+
+impl<'a> ListedArch<'a> {
+    fn new(arch: Arch, kept: &'a Kept) -> Self {
+        let damage = if let Kept::Damaged(why) = kept { Some(why.as_str()) } else { None };
+        Self { arch, is_stored: *kept == Kept::Sound, damage }
+    }
 }
 
 /// What was built, as one object.
@@ -127,17 +137,20 @@ fn origin(origin: &Origin) -> &'static str {
 
 /// What there is, as one object.
 pub fn listed_json(listed: &[Listed], cache: &KernelCache) -> serde_json::Result<String> {
-    let unit = |listed: &Listed| ListedUnit {
-        unit: listed.unit.name,
-        files: listed.unit.files.iter().map(|file| file.name).collect(),
-        archs: listed.stored.iter().map(|&(arch, is_stored)| ListedArch { arch, is_stored }).collect(),
-    };
     let object = ListedObject {
         schema_version: SCHEMA_VERSION,
         dir: cache.dir().display().to_string(),
-        units: listed.iter().map(unit).collect(),
+        units: listed.iter().map(listed_unit).collect(),
     };
     Ok(serde_json::to_string(&object)? + "\n")
+}
+
+fn listed_unit(listed: &Listed) -> ListedUnit<'_> {
+    ListedUnit {
+        unit: listed.unit.name,
+        files: listed.unit.files.iter().map(|file| file.name).collect(),
+        archs: listed.stored.iter().map(|(arch, kept)| ListedArch::new(*arch, kept)).collect(),
+    }
 }
 
 /// What there is: a line a unit and architecture.
@@ -145,8 +158,12 @@ pub fn listed_text(listed: &[Listed], cache: &KernelCache) -> String {
     let mut out = format!("{:<24} {:<8} {:<10} files\n", "unit", "for", "kept");
     for Listed { unit, stored } in listed {
         let files: Vec<_> = unit.files.iter().map(|file| file.name).collect();
-        for (arch, is_stored) in stored {
-            let kept = if *is_stored { "yes" } else { "no" };
+        for (arch, kept) in stored {
+            let kept = match kept {
+                Kept::Sound => "yes",
+                Kept::Damaged(_) => "damaged",
+                Kept::Nothing => "no",
+            };
             let _ = writeln!(out, "{:<24} {:<8} {kept:<10} {}", unit.name, arch.to_string(), files.join(" "));
         }
     }

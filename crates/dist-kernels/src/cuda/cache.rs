@@ -12,11 +12,14 @@ use sha2::{Digest, Sha256};
 
 use super::compile::{CompileError, Compiler, Program, Usage, usages, warnings};
 use super::libraries::Version;
+use super::regular_file;
 
 /// What an entry begins with; its number changes with the entry's form.
 const MAGIC: &[u8] = b"dist-cubin 1\n";
 const DIGITS: &[u8; 16] = b"0123456789abcdef";
 const CHECKSUM_LEN: usize = 64;
+/// Bytes of an entry at most: the largest of ours are a few MB.
+const ENTRY_BYTES_MAX: u64 = 64 << 20;
 
 /// Machine code of a unit, and what is known of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +45,17 @@ pub enum Origin {
     Compiled(PathBuf),
     /// Compiled now; they could not be stored.
     NotStored(String),
+}
+
+/// What is known of a program without compiling it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// A sound entry is there, whatever version of the compiler has made it.
+    Sound,
+    /// What is there cannot be used, and why.
+    Damaged(String),
+    /// Nothing is there.
+    Nothing,
 }
 
 /// What stands before the machine code of an entry.
@@ -105,7 +119,20 @@ impl KernelCache {
 
     /// Whether `program` is there, whatever version has made it.
     pub fn holds(&self, program: &Program) -> bool {
-        self.entries(program).iter().any(|path| matches!(read(path), Ok(Some(_))))
+        self.look(program) == Kept::Sound
+    }
+
+    /// What is there of `program`.
+    pub fn look(&self, program: &Program) -> Kept {
+        let mut found = Kept::Nothing;
+        for path in self.entries(program) {
+            match read(&path) {
+                Ok(Some(_)) => return Kept::Sound,
+                Ok(None) => {}
+                Err(why) => found = Kept::Damaged(why),
+            }
+        }
+        found
     }
 
     fn without_compiler(
@@ -197,11 +224,7 @@ fn encode(cubin: &Cubin) -> io::Result<Vec<u8>> {
 
 /// An entry; `None` if there is none, and why it cannot be used if there is.
 fn read(path: &Path) -> Result<Option<Cubin>, String> {
-    let bytes = match fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error.to_string()),
-    };
+    let Some(bytes) = regular_file::read(path, ENTRY_BYTES_MAX)? else { return Ok(None) };
     let rest = bytes.strip_prefix(MAGIC).ok_or("it does not begin as an entry does")?;
     let (checksum, rest) = rest.split_at_checked(CHECKSUM_LEN).ok_or("it is too short")?;
     let body = rest.strip_prefix(b"\n").ok_or("it is too short")?;

@@ -4,8 +4,7 @@
 //! written anew.
 
 use std::collections::HashMap;
-use std::fs;
-use std::io::{self, Read as _};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use dist_core::DType;
@@ -14,6 +13,7 @@ use sha2::{Digest, Sha256};
 
 use super::cache::{hex, write_beside};
 use super::driver::{Algo, ProductShape};
+use super::regular_file;
 
 /// A file's form; it changes with the fields below.
 const FORM: u32 = 1;
@@ -216,17 +216,17 @@ impl PlanCache {
 
 /// The plans of a file; none if there is no file, and why it cannot be used if there is.
 fn read(path: &Path, of: &PlansOf) -> Result<HashMap<PlanKey, Plan>, String> {
-    let file = match fs::File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(HashMap::new()),
-        Err(error) => return Err(error.to_string()),
-    };
-    let mut bytes = Vec::new();
-    let n_bytes = file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
-    if n_bytes as u64 > FILE_BYTES_MAX {
+    let Some(bytes) = regular_file::read(path, FILE_BYTES_MAX)? else { return Ok(HashMap::new()) };
+    parse(&bytes, of)
+}
+
+/// The plans in the bytes of a file that is for `of`, or why there are none. Any bytes may come: an error takes no more
+/// memory than a few times their length, and no more than [`PLANS_MAX`] plans are given.
+pub fn parse(bytes: &[u8], of: &PlansOf) -> Result<HashMap<PlanKey, Plan>, String> {
+    if bytes.len() as u64 > FILE_BYTES_MAX {
         return Err(format!("it is longer than {FILE_BYTES_MAX} bytes"));
     }
-    let file: File = serde_json::from_slice(&bytes).map_err(|error| error.to_string())?;
+    let file: File = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
     if file.form != FORM || file.of != *of {
         return Err("it is for something else".to_owned());
     }

@@ -107,6 +107,25 @@ fn a_damaged_entry_is_made_anew() {
 }
 
 #[test]
+fn what_is_no_file_of_ours_is_damaged_and_made_anew() {
+    let (_dir, cache) = cache();
+    let compiler = Counting::new(0);
+    assert_eq!(cache.look(&program("a")), Kept::Nothing);
+    cache.get(&program("a"), Ok(&compiler)).unwrap();
+    assert_eq!(cache.look(&program("a")), Kept::Sound);
+    let path = entries(&cache).pop().unwrap();
+    fs::remove_file(&path).unwrap();
+    regular_file::tests::with_each_fault(&path, |what| {
+        assert!(matches!(cache.look(&program("a")), Kept::Damaged(_)), "{what}");
+        assert!(cache.get(&program("a"), Err(&"no NVRTC")).is_err(), "{what}");
+        let made = cache.get(&program("a"), Ok(&compiler)).unwrap();
+        assert_eq!(made.bytes, b"code of a by 13.0", "{what}");
+        // Only a folder cannot be replaced.
+        assert_eq!(matches!(made.origin, Origin::NotStored(_)), what == "a folder", "{what}");
+    });
+}
+
+#[test]
 fn without_a_compiler_the_newest_entry_will_do() {
     let (_dir, cache) = cache();
     let none = || Err(&"no NVRTC" as &dyn std::fmt::Display);

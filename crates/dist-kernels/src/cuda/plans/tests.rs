@@ -1,5 +1,7 @@
 //! Plans and their files, without a GPU.
 
+use std::fs;
+
 use super::*;
 use crate::cuda::driver::EpilogueKind;
 
@@ -145,6 +147,18 @@ fn a_file_that_is_not_sound_is_ignored_and_written_anew() {
         plans.save().unwrap();
         assert_eq!(PlanCache::open(dir.path(), of()).len(), 1);
     }
+}
+
+#[test]
+fn what_is_no_file_of_plans_is_neither_waited_for_nor_taken_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = plans(dir.path()).path().to_owned();
+    regular_file::tests::with_each_fault(&path, |what| {
+        assert!(read(&path, &of()).is_err(), "{what}");
+        let opened = plans(dir.path());
+        assert_eq!(opened.save().is_err(), what == "a folder", "{what}");
+        assert_eq!(PlanCache::open(dir.path(), of()).is_empty(), what == "a folder", "{what}");
+    });
 }
 
 #[test]
