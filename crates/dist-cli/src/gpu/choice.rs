@@ -158,6 +158,7 @@ mod tests {
             n_sms: 100,
             shared_bytes_max: 200 << 10,
             l2_bytes: 50 << 20,
+            memory_bytes_per_s: 3_352_000_000_000,
         }
     }
 

@@ -49,6 +49,7 @@ macro_rules! source_file {
 
 const PRELUDE: SourceFile = source_file!("prelude.cuh");
 const LINEAR_PARTS: SourceFile = source_file!("linear.cuh");
+const WGMMA_PARTS: SourceFile = source_file!("linear_wgmma.cuh");
 const GENERAL: &[Arch] = &[Arch::SM_80, Arch::SM_90];
 const HOPPER: &[Arch] = &[Arch::SM_90A];
 
@@ -73,14 +74,24 @@ pub const UNITS: &[Unit] = &[
     },
     Unit {
         name: "linear_hopper",
-        files: &[LINEAR_PARTS, source_file!("linear_hopper.cu")],
+        files: &[LINEAR_PARTS, WGMMA_PARTS, source_file!("linear_hopper.cu")],
         variants: &[
             variant("LINEAR_HOPPER", "linear_w2n2", &[2, 2, 2, 6]),
-            variant("LINEAR_HOPPER", "linear_w1n2u2", &[1, 2, 2, 10]),
             variant("LINEAR_HOPPER", "linear_w2n4", &[2, 4, 2, 5]),
-            variant("LINEAR_HOPPER", "linear_w1n4", &[1, 4, 2, 8]),
             variant("LINEAR_HOPPER", "linear_w2n8u2", &[2, 8, 2, 4]),
-            variant("LINEAR_HOPPER", "linear_w1n8", &[1, 8, 2, 6]),
+        ],
+        archs: HOPPER,
+    },
+    Unit {
+        name: "linear_ring",
+        files: &[LINEAR_PARTS, WGMMA_PARTS, source_file!("linear_ring.cu")],
+        variants: &[
+            variant("LINEAR_RING", "linear_ring_w1n2u4", &[1, 2, 4]),
+            variant("LINEAR_RING", "linear_ring_w2n2u4", &[2, 2, 4]),
+            variant("LINEAR_RING", "linear_ring_w1n4u4", &[1, 4, 4]),
+            variant("LINEAR_RING", "linear_ring_w2n4", &[2, 4, 2]),
+            variant("LINEAR_RING", "linear_ring_w1n8", &[1, 8, 2]),
+            variant("LINEAR_RING", "linear_ring_w2n8", &[2, 8, 2]),
         ],
         archs: HOPPER,
     },

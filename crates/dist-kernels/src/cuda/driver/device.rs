@@ -38,6 +38,8 @@ pub struct DeviceInfo {
     pub shared_bytes_max: usize,
     /// Its L2 cache.
     pub l2_bytes: usize,
+    /// What its memory's clock and width allow; 0 if the driver does not say.
+    pub memory_bytes_per_s: u64,
 }
 
 impl DeviceInfo {
@@ -91,6 +93,10 @@ impl Driver {
         let name = device::get_name(handle).map_err(|error| failed("cuDeviceGetName", what(), error))?;
         // SAFETY: as above.
         let total = unsafe { device::total_mem(handle) };
+        let khz = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?;
+        let bits = attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?;
+        // Two transfers a cycle.
+        let memory_bytes_per_s = 2 * 1000 * khz.max(0) as u64 * bits.max(0) as u64 / 8;
         Ok(DeviceInfo {
             ordinal,
             name,
@@ -103,6 +109,7 @@ impl Driver {
             shared_bytes_max: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
                 as usize,
             l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
+            memory_bytes_per_s,
         })
     }
 

@@ -1,31 +1,21 @@
-// What the two kernels of `linear` share: arguments, the walk over the weight, and the end of a pass.
+// What the kernels of `linear` for few rows share: arguments, the walk over the weight, and the end of a pass.
 //
 // Layout: weight [n, k] with inputs contiguous and `ld_weight` a multiple of 8, x [rows, k], out [rows, n]; 16-byte
 // aligned; k a multiple of 8. Bound by reading the weight.
 //
 // A cluster of blocks owns `units` · 8 outputs and takes them in passes of up to TN; its blocks share k evenly. A block
-// keeps a ring of stages in shared memory, filled by cp.async: TN pieces of weight rows and 8 · NT pieces of rows of x.
-// Tensor cores multiply with the weight as the left operand, so a row of x is a column of the product and never meets
-// another row: what a row gives does not depend on the other rows. The warps that share k are added in a fixed order,
-// then the blocks of the cluster, over distributed shared memory.
+// keeps a ring of stages in shared memory: TN pieces of weight rows and 8 · NT pieces of rows of x, by cp.async, or by the
+// copy engine (linear_ring.cu). Tensor cores multiply with the weight as the left operand, so a row of x is a column of the
+// product and never meets another row: what a row gives does not depend on the other rows. The warps that share k are added
+// in a fixed order, then the blocks of the cluster, over distributed shared memory.
 //
 // The weight's first stages are asked for before the wait for the kernel before, whose work they do not depend on.
 // Blocks begin at different places of k, so that they do not all ask the same part of L2 for x.
 //
-// Launch: grid `clusters · parts`, 256 threads, cluster (parts, 1, 1), shared memory: the module's integer
-// `<symbol>_shared`. With as many columns as clusters of `parts` run at once (on 132 multiprocessors 132, 66 and 39 for 1,
-// 2 and 3), units = div_ceil(div_ceil(n, 8), columns), clusters = div_ceil(div_ceil(n, 8), units). parts is 1 but for the
-// kernels `w…`.
-//
-// Which variant, by rows and by what is a block's share without parts, o = 8 · div_ceil(div_ceil(n, 8), sms) (measured on
-// an H100; a row's bits are the same within one line of rows and one (n, k)):
-//   rows 1 to 8:   o ≤ 16: m1n1; ≤ 32: m2n1u2; ≤ 48: m3n1u2; ≤ 64: m4n1s5; more: m2n1u2 if o is a multiple of 32,
-//                  else m4n1s5
-//   rows 9 to 16:  o ≤ 16: m1n2; ≤ 32: m2n2u2; more, on Hopper: ≤ 64: w1n2u2, else w2n2; elsewhere: m2n2u2
-//   rows 17 to 32: o ≤ 16: w1n4, 3 parts; ≤ 32: w1n4, 2 parts; ≤ 48 and k > n: w2n4, 2 parts; ≤ 64: w1n4; more: w2n4
-//                  (Hopper only)
-//   rows 33 to 64: o ≤ 16 and k > n: w1n8, 3 parts; ≤ 32: w1n8, 2 parts; ≤ 48: w2n8u2, 2 parts; ≤ 64: w1n8; more:
-//                  w2n8u2 (Hopper only)
+// Launch: grid `clusters · parts`, 256 threads (288 in linear_ring.cu), cluster (parts, 1, 1), shared memory: the module's
+// integer `<symbol>_shared`. With as many columns as clusters of `parts` run at once (on 132 multiprocessors 132, 66 and 39
+// for 1, 2 and 3), units = div_ceil(div_ceil(n, 8), columns), clusters = div_ceil(div_ceil(n, 8), units). Which variant a
+// shape takes: choice/streaming.rs.
 
 struct LinearArgs {
     void* out;             // [rows, n], 16 bits; f32 if out_f32

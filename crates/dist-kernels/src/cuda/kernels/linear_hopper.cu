@@ -1,7 +1,11 @@
-// linear for 9 to 64 rows on Hopper's tensor cores (`wgmma`), see linear.cuh.
+// linear for 9 to 64 rows on Hopper's tensor cores where a stage takes memory longer than a fence does, see linear.cuh.
 //
 // A stage is U blocks of 64 inputs; a block is a tile of TN weight rows and one of 8 · NT rows of x, 128 bytes a row,
 // swizzled as the 128-byte mode of `wgmma` wants it. Two groups of four warps share the outputs (WG = 2) or k (WG = 1).
+//
+// What cp.async has written must be fenced before the tensor cores read it, and the fence waits for all copies of its thread:
+// a stage takes about a microsecond, however little there is to read. Where memory takes longer this is as fast as reading,
+// for cp.async asks for longer pieces of a row than the copy engine does; elsewhere linear_ring.cu is faster.
 
 template <int WG_, int NT_, int U_, int S_>
 struct WgmmaShape {
@@ -21,44 +25,6 @@ struct WgmmaShape {
     static DEVICE_MEMBER u32 x_at(int row, int c) { return tile_at(row, c, NT * 8); }
 };
 
-// A tile of 128-byte rows in the 128-byte swizzle, eight rows to 1,024 bytes.
-DEVICE u64 tile_descriptor(u32 address) {
-    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
-}
-
-#define WGMMA(n, type, regs, a, b, ...)                                                                       \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" regs "}, %" a ", %" b    \
-                 ", 1, 1, 1, 0, 0;"                                                                           \
-                 : __VA_ARGS__                                                                                \
-                 : "l"(left), "l"(right))
-#define REGS4_OF(v) "+f"(v[0]), "+f"(v[1]), "+f"(v[2]), "+f"(v[3])
-#define REGS4(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
-
-// c (64 × 8 · NT) += a (64 × 16) · b (16 × 8 · NT), both from shared memory.
-template <class T, int NT>
-DEVICE void wgmma(float (&c)[NT][4], u64 left, u64 right) {
-    if constexpr (NT == 1) {
-        if constexpr (T::is_f16) WGMMA(8, "f16", "%0,%1,%2,%3", "4", "5", REGS4(0));
-        else WGMMA(8, "bf16", "%0,%1,%2,%3", "4", "5", REGS4(0));
-    } else if constexpr (NT == 2) {
-        if constexpr (T::is_f16) WGMMA(16, "f16", "%0,%1,%2,%3,%4,%5,%6,%7", "8", "9", REGS4(0), REGS4(1));
-        else WGMMA(16, "bf16", "%0,%1,%2,%3,%4,%5,%6,%7", "8", "9", REGS4(0), REGS4(1));
-    } else if constexpr (NT == 4) {
-#define R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-        if constexpr (T::is_f16) WGMMA(32, "f16", R16, "16", "17", REGS4(0), REGS4(1), REGS4(2), REGS4(3));
-        else WGMMA(32, "bf16", R16, "16", "17", REGS4(0), REGS4(1), REGS4(2), REGS4(3));
-    } else {
-        static_assert(NT == 8, "rows");
-#define R32 R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-        if constexpr (T::is_f16)
-            WGMMA(64, "f16", R32, "32", "33", REGS4(0), REGS4(1), REGS4(2), REGS4(3), REGS4(4), REGS4(5), REGS4(6),
-                  REGS4(7));
-        else
-            WGMMA(64, "bf16", R32, "32", "33", REGS4(0), REGS4(1), REGS4(2), REGS4(3), REGS4(4), REGS4(5), REGS4(6),
-                  REGS4(7));
-    }
-}
-
 // Starts the products of one stage for this group of warps.
 template <class T, class Sh>
 DEVICE void start_stage(float (&sums)[Sh::NT][4], u32 stage, int wm, int wk) {
@@ -74,34 +40,16 @@ DEVICE void start_stage(float (&sums)[Sh::NT][4], u32 stage, int wm, int wk) {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// How the blocks of a cluster, which have the same outputs and share k, wait for each other's sums.
-struct ClusterMeeting {
-    int part, parts;
-    DEVICE_MEMBER bool is_shared() const { return parts > 1; }
-    DEVICE_MEMBER void meet() const {
-        cluster_arrive();
-        cluster_wait();
-    }
-    DEVICE_MEMBER void summed() const {
-        if (parts > 1) meet(); else sync_256();
-    }
-    // Without a cluster the barrier of the next stage keeps the buffers until all have read them.
-    DEVICE_MEMBER void read() const {
-        if (parts > 1) meet();
-    }
-};
-
 template <class T, class Sh>
 DEVICE void linear_hopper(const LinearArgs& args) {
     extern __shared__ __align__(1024) u8 shared[];
     u32 ring = shared_address(shared);
     float* buffers = (float*)(shared + Sh::S * Sh::STAGE);
     int group = __shfl_sync(~0u, threadIdx.x >> 7, 0), wm = group % Sh::WG, wk = group / Sh::WG;
-    ClusterMeeting meeting = {(int)cluster_rank(), (int)cluster_size()};
     constexpr int AHEAD = Sh::S - 1;
 
     let_next_start();
-    LinearWalk walk = walk_of<Sh>(args, meeting.part, meeting.parts);
+    LinearWalk walk = walk_of<Sh>(args, 0, 1);
     int total = stages_of(walk);
     LinearPlace next = fill_ring<T, Sh>(args, walk, total, ring);
 
@@ -129,7 +77,7 @@ DEVICE void linear_hopper(const LinearArgs& args) {
         for (int j = 0; j < Sh::NT; j++) {
             asm volatile("wgmma.wait_group.sync.aligned 0;" : REGS4_OF(sums[0][j])::"memory");
         }
-        finish_pass<T, Sh>(args, outputs, row0, sums, buffers, wm * 4 + (threadIdx.x >> 5 & 3), wk, meeting);
+        finish_pass<T, Sh>(args, outputs, row0, sums, buffers, wm * 4 + (threadIdx.x >> 5 & 3), wk, Alone{});
     }
 }
 

@@ -7,7 +7,7 @@ use crate::args::{Epilogue, LinearArgs, LogitsArgs, Norm, Prologue, Then};
 use crate::cuda::args::{Address, GemmParams, LinearParams};
 use crate::cuda::backend::{CudaBackend, grown};
 use crate::cuda::buf::CudaBuf;
-use crate::cuda::choice;
+use crate::cuda::choice::{self, Boxes, Chip};
 use crate::cuda::driver::{EpilogueKind, Operands, ProductShape, TensorMapSpec};
 use crate::cuda::plans::{PlanKey, bucket};
 use crate::error::Result;
@@ -15,6 +15,8 @@ use crate::weight::Weight;
 
 /// Threads of the streaming kernels.
 const THREADS: u32 = 256;
+/// Threads of those that the copy engine feeds.
+const RING_THREADS: u32 = 288;
 /// Threads of `gemm_hopper`.
 const GEMM_THREADS: u32 = 384;
 /// Rows that a warp of it stores at once.
@@ -178,17 +180,26 @@ impl CudaBackend {
 
     /// Few rows: as fast as the weight can be read.
     fn stream_weight(&mut self, product: &Product) -> Result<()> {
-        let (params, info) = (product.params, self.context.info());
-        let is_hopper = info.capability == (9, 0);
-        let shape = (params.rows as usize, params.n as usize, params.k as usize);
-        let choice = choice::streaming(shape, info.n_sms, is_hopper);
+        let params = product.params;
+        let (rows, n, k) = (params.rows as usize, params.n as usize, params.k as usize);
+        let choice = choice::streaming((rows, n, k), Chip::of(self.context.info()));
         let params = LinearParams { units: choice.units as i32, ..params };
         let symbol = format!("{}_{}", choice.symbol, suffix(product.dtype));
         let kernel = self.kernels.get(choice.unit, &symbol)?;
         let blocks = (choice.clusters * choice.cluster) as u32;
-        let mut launch = kernel.function.over([blocks, 1, 1], THREADS);
+        let threads = if choice.boxes.is_some() { RING_THREADS } else { THREADS };
+        let mut launch = kernel.function.over([blocks, 1, 1], threads);
         launch.cluster = choice.cluster as u32;
-        self.launch(kernel, &launch, &params, &[])
+        let Some(Boxes { x, weight }) = choice.boxes else {
+            return self.launch(kernel, &launch, &params, &[]);
+        };
+        let map = |address, (rows, ld), box_rows: usize| {
+            let (box_rows, box_columns) = (box_rows as u32, 64);
+            self.context.tensor_map(&TensorMapSpec { address, rows, columns: k, ld, box_rows, box_columns })
+        };
+        let x = map(params.x, (rows, k), x)?;
+        let weight = map(params.weight, (n, params.ld_weight as usize), weight)?;
+        self.launch(kernel, &launch, &params, &[&x, &weight])
     }
 
     /// Many rows, or rows that are not aligned.
