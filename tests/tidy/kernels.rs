@@ -2,7 +2,9 @@
 //! the `Backend` trait.
 //!
 //! The list is a Markdown table with a row per op. The back-quoted words of its `symbol` column are function names; the
-//! back-quoted `.rs` and `.cu` names of a row, relative to the crate or its `src/`, are where they must be found.
+//! back-quoted `.rs` and `.cu` names of a row, relative to the crate or its `src/`, are where they must be found. A kernel
+//! of a `.cu` file stands in one of the file's rows by its own name or by what it begins with: `embed` for
+//! `embed_odd_bf16`. Kernels that a macro makes have their names in `cuda/units.rs`, which is looked through as well.
 
 use super::source::{Source, body_start, brace_end, is_ident, words};
 
@@ -35,11 +37,85 @@ pub(crate) fn unlisted(sources: &[Source]) -> Vec<String> {
     for source in sources.iter().filter(|source| source.path.starts_with(CRATE) && source.has_extension("cu"))
     {
         let names_it = |file: &String| source.path.ends_with(&format!("/{file}"));
-        if !rows.iter().any(|row| row.files.iter().any(names_it)) {
+        let of_file: Vec<&Row> = rows.iter().filter(|row| row.files.iter().any(names_it)).collect();
+        if of_file.is_empty() {
             findings.push(format!("{}:1: in no row of {list_path}: add its kernels there", source.path));
+            continue;
         }
+        findings
+            .extend(kernels_of_gpus(source).filter_map(|found| missing(found, &of_file, source, &list_path)));
+    }
+    let with_cu = |row: &&Row| row.files.iter().any(|file| file.ends_with(".cu"));
+    let of_gpus: Vec<&Row> = rows.iter().filter(with_cu).collect();
+    for source in sources.iter().filter(|source| source.path == format!("{CRATE}src/cuda/units.rs")) {
+        findings.extend(variants(source).filter_map(|found| missing(found, &of_gpus, source, &list_path)));
     }
     findings
+}
+
+/// The finding about a kernel that is in none of `rows`.
+fn missing((kernel, at): (&str, usize), rows: &[&Row], source: &Source, list_path: &str) -> Option<String> {
+    let is_its = |symbol: &String| {
+        let rest = kernel.strip_prefix(symbol.as_str());
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
+    };
+    let is_listed = rows.iter().any(|row| row.symbols.iter().any(is_its));
+    (!is_listed).then(|| format!("{}: `{kernel}` is a kernel: add it to {list_path}", source.place(at)))
+}
+
+/// The kernels of a `.cu` file, with their places, without those whose names a macro is given.
+fn kernels_of_gpus(source: &Source) -> impl Iterator<Item = (&str, usize)> {
+    let code = source.code.as_str();
+    let starts = words(code, "KERNEL").chain(words(code, "__global__"));
+    let kernels = starts.filter(|&at| !logical_line(code, at).starts_with("#define"));
+    kernels.filter_map(|at| {
+        // The name is what stands before the first parenthesis that is not the bounds'.
+        let bounds =
+            code[at..].find("__launch_bounds__").filter(|&bounds| !code[at..at + bounds].contains('('));
+        let from = bounds.map_or(at, |bounds| at + bounds);
+        let open = from + code[from..].find('(')?;
+        let open = if bounds.is_some() { parenthesis_end(code, open)? } else { at };
+        let end = open + code[open..].find('(')?;
+        let name = code[open..end].trim_end();
+        let len = name.bytes().rev().take_while(|&byte| is_ident(byte)).count();
+        Some((&name[name.len() - len..], at))
+    })
+}
+
+/// The line of `at`, from where a line begins that is not the next of one that ends in a backslash.
+fn logical_line(code: &str, at: usize) -> &str {
+    let mut start = code[..at].rfind('\n').map_or(0, |newline| newline + 1);
+    while code[..start].trim_end_matches('\n').ends_with('\\') {
+        start = code[..start - 1].rfind('\n').map_or(0, |newline| newline + 1);
+    }
+    &code[start..]
+}
+
+/// The offset after the parenthesis that closes the one at `open`.
+fn parenthesis_end(code: &str, open: usize) -> Option<usize> {
+    let mut depth = 0_usize;
+    for (at, byte) in code.bytes().enumerate().skip(open) {
+        match byte {
+            b'(' => depth += 1,
+            b')' => depth = depth.checked_sub(1)?,
+            _ => {}
+        }
+        if depth == 0 {
+            return Some(at + 1);
+        }
+    }
+    None
+}
+
+/// The names that `units.rs` gives to kernels which macros make: `variant("MACRO", "NAME", …)`, with their places.
+fn variants(source: &Source) -> impl Iterator<Item = (&str, usize)> {
+    let tests = source.test_ranges();
+    let calls =
+        words(&source.code, "variant").filter(move |at| !tests.iter().any(|range| range.contains(at)));
+    calls.filter_map(|at| {
+        let call = source.text[at..].strip_prefix("variant(")?;
+        Some((call.split('"').nth(3).filter(|_| call.trim_start().starts_with('"'))?, at))
+    })
 }
 
 struct Row {
@@ -145,15 +221,44 @@ fn findings(list: &str, rust: &str) -> Vec<String> {
     unlisted(&[
         Source::new(&path("KERNELS.md"), list),
         Source::new(&path("src/cpu/embed.rs"), rust),
-        Source::new(&path("kernels/embed.cu"), "__global__ void embed_bf16() {}"),
+        Source::new(&path("kernels/embed.cu"), "__global__ void embed_f32_bf16() {}"),
     ])
+}
+
+/// What is found where `embed` is listed, and a `.cu` file and the units hold this.
+#[cfg(test)]
+fn of_gpus(kernels: &str, units: &str) -> Vec<String> {
+    let list = LIST.replace("embed_f32", "embed").replace("cpu/embed.rs", "cuda/units.rs");
+    let path = |end: &str| format!("{CRATE}{end}");
+    let units = format!("fn embed() {{}}\n{units}");
+    unlisted(&[
+        Source::new(&path("KERNELS.md"), &list),
+        Source::new(&path("src/cuda/units.rs"), &units),
+        Source::new(&path("kernels/embed.cu"), kernels),
+    ])
+}
+
+#[test]
+fn a_kernel_of_a_gpu_that_is_not_listed_is_caught() {
+    let listed = "#define KERNEL extern \"C\" __global__ void\n#define EMBED(name, n) \\\n  KERNEL \\\n  name(Args a) {}\n\
+                  KERNEL embed(Args a) {}\nKERNEL __launch_bounds__(f(1) ? 2 : 3, 1)\n  embed_odd_16(Args a) {}\n";
+    assert_eq!(of_gpus(listed, "variant(\"EMBED\", \"embed_d64\", &[64])"), Vec::<String>::new());
+    for (name, line) in [("copy_pieces", 8), ("embedded", 8)] {
+        for bounds in ["", "__launch_bounds__(512, N(2)) "] {
+            let found = of_gpus(&format!("{listed}KERNEL {bounds}{name}(const Args a) {{}}\n"), "");
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert!(found[0].contains(&format!("embed.cu:{line}: `{name}` is a kernel")), "{found:?}");
+        }
+    }
+    let found = of_gpus(listed, "const A: u8 = 1;\nvariant(\n  \"EMBED\",\n  \"norm_d64\", &[64])");
+    assert!(found.len() == 1 && found[0].contains("units.rs:3: `norm_d64` is a kernel"), "{found:?}");
 }
 
 #[test]
 fn a_true_list_passes() {
     let rust = "// kernel\n#[inline]\npub(crate) fn embed_f32() {}\n// kernel of truth\nfn other() {}\n";
     assert_eq!(findings(LIST, rust), Vec::<String>::new());
-    assert!(findings(&LIST.replace("embed_f32", "embed_bf16"), "fn a() {}").is_empty());
+    assert!(findings(&LIST.replace("embed_f32", "embed_f32_bf16"), "fn a() {}").is_empty());
 }
 
 #[test]
