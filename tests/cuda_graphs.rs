@@ -129,3 +129,14 @@ fn a_decode_step_has_the_launches_that_it_needs() {
         }
     }
 }
+
+#[test]
+fn without_graphs_every_kernel_is_launched_by_itself() {
+    let Some(gpu) = gpu("without_graphs_every_kernel_is_launched_by_itself") else { return };
+    let (checkpoint, cases) = fixture(NAMES[0]);
+    let plan = plan_of(&checkpoint);
+    let runner = start(gpu.without_graphs(), &checkpoint, &plan);
+    assert_eq!(runner.graphs().count(), 0);
+    let mut engine = Engine::new(runner, Followers::None, &plan, None);
+    write(&mut engine, &requests(&[cases[0].ids.clone()], 2, None));
+}

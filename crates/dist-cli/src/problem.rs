@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::fmt;
 
+use dist_kernels::KernelError;
 use dist_models::checkpoint::CheckpointError;
 use dist_models::decoder::LoadError;
 use dist_models::engine::EngineError;
@@ -82,6 +83,9 @@ fn library_help(cause: &(dyn Error + 'static)) -> Option<String> {
     if let Some(EngineError::Load(LoadError::Checkpoint(error))) = cause.downcast_ref() {
         return error.help();
     }
+    if let Some(KernelError::Cuda(error)) = cause.downcast_ref() {
+        return error.help();
+    }
     if let Some(error) = cause.downcast_ref::<ExportError>() {
         return error.help();
     }
@@ -110,6 +114,9 @@ pub fn did_you_mean<'a>(name: &str, names: impl IntoIterator<Item = &'a str>) ->
 
 #[cfg(test)]
 mod tests {
+    use dist_kernels::cuda::driver::CudaError;
+    use dist_models::runner::{RunError, Suspect, Suspects};
+
     use super::*;
 
     #[test]
@@ -119,6 +126,26 @@ mod tests {
         assert_eq!(help_of(&error).as_deref(), Some("write it well"));
         assert_eq!(exit_of(&error), Exit::Failed);
         assert_eq!(error.chain().count(), 2);
+    }
+
+    #[test]
+    fn a_step_that_failed_on_a_gpu_has_the_drivers_help() {
+        let driver = CudaError::Call {
+            call: "cuEventSynchronize",
+            what: "what was asked before".to_owned(),
+            name: "CUDA_ERROR_ILLEGAL_ADDRESS".to_owned(),
+            meaning: "an illegal memory access was encountered".to_owned(),
+            status: 700,
+        };
+        let steps = [12, 13].map(|step| Suspect { step, graph_rows: Some(8) });
+        let suspects = Box::new(Suspects { rank: dist_core::Rank(0), steps: steps.to_vec() });
+        let error = anyhow::Error::new(EngineError::Run(RunError::Step { suspects, source: driver.into() }));
+        let told = error.to_string();
+        let start =
+            "step 12 (the graph of 8 rows) or step 13 (the graph of 8 rows) failed on rank 0: cuEvent";
+        assert!(told.starts_with(start), "{told}");
+        let help = help_of(&error).expect("the driver's");
+        assert!(help.contains("--no-graphs"), "{help}");
     }
 
     #[test]

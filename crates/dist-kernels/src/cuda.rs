@@ -15,6 +15,7 @@ pub mod driver;
 mod gemms;
 mod inputs;
 mod launch;
+mod launched;
 pub mod libraries;
 mod loaded;
 pub mod nvrtc;

@@ -54,6 +54,13 @@ pub enum KernelError {
     },
 }
 
+impl KernelError {
+    /// Whether it may be of something that was asked for earlier: a GPU is asked first and works afterwards.
+    pub fn may_be_late(&self) -> bool {
+        matches!(self, Self::Cuda(CudaError::Call { .. } | CudaError::Blas { .. }))
+    }
+}
+
 impl From<CudaError> for KernelError {
     fn from(error: CudaError) -> Self {
         match error {

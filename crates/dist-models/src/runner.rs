@@ -24,7 +24,7 @@ use arrays::{Arrays, Lasts};
 use drawn::{Drawn, Draws, Flight, arrive};
 use graphs::{Graphs, sizes};
 
-pub use error::RunError;
+pub use error::{RunError, Suspect, Suspects};
 
 /// A rank's groups, one a mesh axis.
 pub struct Comms {
@@ -120,14 +120,23 @@ impl<B: Backend> Runner<B> {
         let n_max = limits.max_seqs.min(limits.max_batch_tokens).min(limits.max_sample_rows);
         for rows in sizes(n_max).into_iter().rev() {
             let shape = self.graphs.shape_of(rows);
-            let nobody = StepBatch::empty();
-            self.arrays.fill(&nobody, &shape, &Lasts::<B> { seen: &[], before: None });
-            self.arrays.upload(&mut self.backend, &mut self.workspace)?;
-            let Some(graph) = self.capture(shape)? else { break };
+            let rank = self.rank;
+            let graph = self.record_one(shape).map_err(|error| match error {
+                RunError::Kernel(source) => RunError::Record { rows, rank, source },
+                other => other,
+            })?;
+            let Some(graph) = graph else { break };
             self.graphs.keep(rows, graph);
         }
         tracing::debug!(n = self.graphs().count(), "decode steps recorded");
         Ok(())
+    }
+
+    fn record_one(&mut self, shape: StepShape) -> Result<Option<B::Graph>, RunError> {
+        let nobody = StepBatch::empty();
+        self.arrays.fill(&nobody, &shape, &Lasts::<B> { seen: &[], before: None });
+        self.arrays.upload(&mut self.backend, &mut self.workspace)?;
+        self.capture(shape)
     }
 
     fn capture(&mut self, shape: StepShape) -> Result<Option<B::Graph>, RunError> {
@@ -187,9 +196,10 @@ impl<B: Backend> Runner<B> {
     pub fn submit(&mut self, batch: &StepBatch) -> Result<(), RunError> {
         self.check(batch)?;
         self.guarded(|runner| {
-            let rank = runner.rank;
-            let flight = runner.timed(|runner| runner.start(batch));
-            let flight = flight.map_err(|error| error.at(batch.step, rank))?;
+            let flight = runner.timed(|runner| runner.start(batch)).map_err(|error| {
+                let own = Suspect { step: batch.step, graph_rows: runner.graph_rows(batch) };
+                error.of(own, runner.in_flight.iter().map(Flight::suspect), runner.rank)
+            })?;
             runner.in_flight.push_back(flight);
             Ok(())
         })
@@ -198,17 +208,28 @@ impl<B: Backend> Runner<B> {
     fn start(&mut self, batch: &StepBatch) -> Result<Flight<B>, RunError> {
         let n_top = self.n_top(batch);
         let shape = self.upload(batch)?;
-        match self.graphs.fits(batch) {
-            Some((_, graph)) if n_top == 0 => self.backend.replay(graph, &self.arrays.rows)?,
+        let graph_rows = match self.graphs.fits(batch) {
+            Some((_, graph)) if n_top == 0 => {
+                self.backend.replay(graph, &self.arrays.rows)?;
+                Some(shape.rows)
+            }
             _ => {
                 self.forward(shape)?;
                 if self.decoder.has_head() {
                     self.sample(shape, n_top)?;
                 }
+                None
             }
-        }
+        };
         let draws = if self.decoder.has_head() { self.fetch(batch, n_top)? } else { Draws::Elsewhere };
-        Ok(Flight::of(batch, n_top, draws))
+        Ok(Flight::of(batch, graph_rows, n_top, draws))
+    }
+
+    /// Rows of the graph that a step runs as; `None` where its kernels are launched one by one, as they are for whoever
+    /// wants likeliest tokens.
+    fn graph_rows(&self, batch: &StepBatch) -> Option<usize> {
+        let fitting = if self.n_top(batch) == 0 { self.graphs.fits(batch) } else { None };
+        fitting.map(|(shape, _)| shape.rows)
     }
 
     /// Waits for the oldest step that was submitted; `None` if there is none, or on stages that see no output.
@@ -217,13 +238,16 @@ impl<B: Backend> Runner<B> {
     }
 
     fn collect_oldest(&mut self) -> Result<Option<StepOutput>, RunError> {
-        let Some(Flight { step, rows, n_top, draws }) = self.in_flight.pop_front() else { return Ok(None) };
+        let Some(flight) = self.in_flight.pop_front() else { return Ok(None) };
+        let suspect = flight.suspect();
+        let Flight { step, rows, n_top, draws, .. } = flight;
         let drawn = match draws {
             Draws::Here(drawn) => drawn,
             Draws::Asked(fetch) => {
-                let rank = self.rank;
-                self.timed(|runner| Ok(arrive(&mut runner.backend, fetch, rows.len(), n_top)?))
-                    .map_err(|error| error.at(step, rank))?
+                let drawn = self.timed(|runner| Ok(arrive(&mut runner.backend, fetch, rows.len(), n_top)?));
+                drawn.map_err(|error| {
+                    error.of(suspect, self.in_flight.iter().map(Flight::suspect), self.rank)
+                })?
             }
             Draws::Elsewhere if self.comms.pp.rank() != Rank(0) => return Ok(None),
             Draws::Elsewhere => {

@@ -123,6 +123,37 @@ fn a_follower_that_is_gone_breaks_the_engine() {
     check_broken(&mut engine, &error.to_string());
 }
 
+/// Where the first error says that it is.
+fn place(call: Call, after: usize) -> String {
+    let (mut engine, fault) = engine(&plan(), Followers::None);
+    fault.arm(call, after);
+    let told = run(&mut engine).1.expect("told to fail").to_string();
+    told.split_once(" failed on rank 0: ").expect("the rank").0.to_owned()
+}
+
+/// The prompts are step 0, launched one by one; all later steps are recorded ones, each asked for before the one before
+/// it is done.
+#[test]
+fn an_error_names_every_step_that_it_may_be_of() {
+    assert_eq!(place(Call::Embed, 0), "step 0");
+    assert_eq!(place(Call::Replay, 0), "step 0 or step 1 (the graph of 2 rows)");
+    assert_eq!(place(Call::Finish, 0), "step 0 or step 1 (the graph of 2 rows)");
+    let recorded = "step 2 (the graph of 2 rows) or step 3 (the graph of 2 rows)";
+    assert_eq!(place(Call::Finish, 2), recorded);
+    assert_eq!(place(Call::Fetch, 3), recorded);
+}
+
+#[test]
+fn a_step_that_cannot_be_recorded_is_named() {
+    let (plan, gpu) = (plan(), FakeGpu::default());
+    gpu.fault.arm(Call::Sample, 1);
+    let comms = Comms { tp: Comm::Solo(Solo::new()), pp: Comm::Solo(Solo::new()) };
+    let checkpoint = Checkpoint::random(plan.model.clone(), 7);
+    let started = start_rank(gpu, comms, &checkpoint, &plan, Rank(0), &mut |_| ControlFlow::Continue(()));
+    let told = started.err().expect("told to fail").to_string();
+    assert!(told.starts_with("the decode step of 1 rows could not be recorded on rank 0: cu"), "{told}");
+}
+
 #[test]
 fn a_runner_that_has_failed_runs_no_step_either() {
     let plan = plan();

@@ -17,6 +17,9 @@ pub struct DeviceArgs {
     /// Type that a GPU rounds weights in f32 to, which no kernel of it takes as they are; by default bf16
     #[arg(long, value_name = "TYPE", value_enum)]
     pub cast: Option<CastFlag>,
+    /// Launches every kernel of a GPU by itself, so that an error names it; by default a decode step is one launch
+    #[arg(long, visible_alias = "enforce-eager")]
+    pub no_graphs: bool,
     /// Threads that compute, shared by the ranks of a machine; by default all cores of this process
     #[arg(long, value_name = "N", value_parser = numbers::threads)]
     pub threads: Option<usize>,
@@ -56,6 +59,8 @@ pub struct DeviceRequest {
     pub is_named: bool,
     /// What a GPU makes of weights in `f32`.
     pub cast: Option<DType>,
+    /// Whether a GPU may record decode steps and launch each as one.
+    pub has_graphs: bool,
     /// Threads that compute, of all ranks of this machine together.
     pub threads: usize,
     /// Whether the user chose them.
@@ -71,6 +76,7 @@ impl DeviceRequest {
         ordinal: 0,
         is_named: false,
         cast: None,
+        has_graphs: true,
         threads: 1,
         is_chosen: false,
         path: CpuPath::Auto,
@@ -111,6 +117,7 @@ impl DeviceArgs {
         };
         let threads = self.threads.unwrap_or_else(cores);
         let (is_named, is_chosen) = (self.device != GpuAsked::Auto, self.threads.is_some());
-        Ok(DeviceRequest { kind, ordinal, is_named, cast, threads, is_chosen, path })
+        let has_graphs = !self.no_graphs;
+        Ok(DeviceRequest { kind, ordinal, is_named, cast, has_graphs, threads, is_chosen, path })
     }
 }

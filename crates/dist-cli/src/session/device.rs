@@ -71,6 +71,7 @@ impl Device for CudaBackend {
             gemm: GemmChoice::Measured,
         };
         let backend = Self::new(options).map_err(gpu_problem)?;
+        let backend = if request.has_graphs { backend } else { backend.without_graphs() };
         let name = backend.describe().name.clone();
         let (kind, cast) = (DeviceKind::Cuda, request.cast);
         Ok((backend, DeviceReport { kind, name, threads: request.threads, path: "cuda", cast }))

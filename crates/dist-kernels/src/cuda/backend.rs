@@ -12,6 +12,7 @@ use super::driver::{Context, DeviceInfo, DeviceMemory, Driver, EpilogueKind, Gra
 use super::gemms::{GemmChoice, Gemms};
 use super::inputs::{Inputs, Way};
 use super::launch::{ROWS_BYTES, Reader};
+use super::launched::{Beside, graph_in_words};
 use super::libraries::Libraries;
 use super::loaded::{Kernel, Kernels};
 use super::outputs::{CudaFetch, Outputs};
@@ -57,10 +58,16 @@ pub struct CudaBackend {
     outputs: Outputs,
     /// `copy_pieces`.
     pub(super) copy: Rc<Kernel>,
-    /// What was launched last: an error that comes to light later is of it, or of what came before.
+    /// What was launched last, if it was a kernel of ours.
     pub(super) last: Option<Rc<Kernel>>,
+    /// What it was otherwise.
+    pub(super) beside: Beside,
     /// Whether what is asked is recorded and not done.
     pub(super) is_recording: bool,
+    /// Names of what is being recorded.
+    pub(super) recorded: Vec<String>,
+    /// Whether steps may be recorded.
+    has_graphs: bool,
     pub(super) gemms: Gemms,
     /// Taken when the first weight comes.
     weights: Option<Staging>,
@@ -130,7 +137,10 @@ impl CudaBackend {
             gemms,
             outputs: Outputs::default(),
             last: None,
+            beside: Beside::Nothing,
             is_recording: false,
+            recorded: Vec::new(),
+            has_graphs: true,
             weights: None,
             scratch: Scratch::default(),
             packed: PackedRows::default(),
@@ -139,6 +149,12 @@ impl CudaBackend {
             driver,
             context,
         })
+    }
+
+    /// Launches every kernel by itself, also those of steps that could be recorded: an error then is of one of them.
+    #[must_use]
+    pub fn without_graphs(self) -> Self {
+        Self { has_graphs: false, ..self }
     }
 
     /// Waits for weights that are under way, and asks for arrays that wait to be copied: steps come after both.
@@ -175,16 +191,6 @@ impl CudaBackend {
             Some(staging) => Ok(staging.finish()?),
             None => Ok(()),
         }
-    }
-
-    /// An error of a kernel comes to light where somebody waits: says what may have been it.
-    fn after_launch<T>(&self, result: super::driver::Result<T>) -> Result<T> {
-        let error = match result {
-            Ok(value) => return Ok(value),
-            Err(error) => error,
-        };
-        let last = self.last.as_ref().map_or("a recorded step", |kernel| kernel.function.name());
-        Err(error.after(last).into())
     }
 
     /// The type that weights of `stored` have on the GPU.
@@ -250,21 +256,23 @@ impl Backend for CudaBackend {
     }
 
     fn upload(&mut self, dst: &mut CudaBuf, at: usize, src: &[u8]) -> Result<()> {
-        self.send(&dst.memory, at * dst.dtype.bytes(), src)
+        let sent = self.send(&dst.memory, at * dst.dtype.bytes(), src);
+        self.after_launch(sent)
     }
 
     fn download(&mut self, src: &CudaBuf, at: usize, dst: &mut [u8]) -> Result<()> {
         if dst.is_empty() {
             return Ok(());
         }
-        self.ready()?;
+        self.ask(Self::ready)?;
         self.after_launch(self.stream.download(dst, &src.memory, at * src.dtype.bytes()))
     }
 
     fn fetch(&mut self, pieces: &[(&CudaBuf, usize)]) -> Result<CudaFetch> {
-        self.ready()?;
+        self.ask(Self::ready)?;
         let way = Way { stream: &self.stream, copy: &self.copy };
-        Ok(self.outputs.fetch(&self.context, way, pieces)?)
+        let fetch = self.outputs.fetch(&self.context, way, pieces);
+        self.after_launch(fetch)
     }
 
     fn finish(&mut self, fetch: CudaFetch, dst: &mut [u8]) -> Result<()> {
@@ -273,7 +281,7 @@ impl Backend for CudaBackend {
     }
 
     fn synchronize(&mut self) -> Result<()> {
-        self.ready()?;
+        self.ask(Self::ready)?;
         self.after_launch(self.stream.synchronize())
     }
 
@@ -285,53 +293,70 @@ impl Backend for CudaBackend {
 
     fn embed(&mut self, args: EmbedArgs<'_, Self>) -> Result<()> {
         args.check();
-        self.ready()?;
-        self.launch_embed(&args)
+        self.ask(|gpu| {
+            gpu.ready()?;
+            gpu.launch_embed(&args)
+        })
     }
 
     fn linear(&mut self, args: LinearArgs<'_, Self>) -> Result<()> {
         args.check();
-        self.ready()?;
-        self.launch_linear(args)
+        self.ask(|gpu| {
+            gpu.ready()?;
+            gpu.launch_linear(args)
+        })
     }
 
     fn attention(&mut self, args: AttentionArgs<'_, Self>) -> Result<()> {
         args.check();
-        self.ready()?;
-        self.launch_attention(&args)
+        self.ask(|gpu| {
+            gpu.ready()?;
+            gpu.launch_attention(&args)
+        })
     }
 
     fn add_bias_norm(&mut self, args: AddBiasNormArgs<'_, Self>) -> Result<()> {
         args.check();
-        self.ready()?;
-        self.launch_norm(&args)
+        self.ask(|gpu| {
+            gpu.ready()?;
+            gpu.launch_norm(&args)
+        })
     }
 
     fn add_bias(&mut self, args: AddBiasArgs<'_, Self>) -> Result<()> {
         args.check();
-        self.ready()?;
-        self.launch_add_bias(&args)
+        self.ask(|gpu| {
+            gpu.ready()?;
+            gpu.launch_add_bias(&args)
+        })
     }
 
     fn gather_rows(&mut self, args: GatherRowsArgs<'_, Self>) -> Result<()> {
         args.check();
-        self.ready()?;
-        self.launch_gather(&args)
+        self.ask(|gpu| {
+            gpu.ready()?;
+            gpu.launch_gather(&args)
+        })
     }
 
     fn logits(&mut self, args: LogitsArgs<'_, Self>) -> Result<()> {
         args.check();
-        self.ready()?;
-        self.launch_logits(&args)
+        self.ask(|gpu| {
+            gpu.ready()?;
+            gpu.launch_logits(&args)
+        })
     }
 
     fn sample(&mut self, args: SampleArgs<'_, Self>) -> Result<()> {
         args.check();
-        self.launch_sample(&args)
+        self.ask(|gpu| gpu.launch_sample(&args))
     }
 
     /// The first run takes and loads what the kernels need, which a recording does not allow.
     fn capture(&mut self, run: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<Option<Graph>> {
+        if !self.has_graphs {
+            return Ok(None);
+        }
         run(self)?;
         let rows = (&mut self.scratch.rows_of_graphs, &mut self.scratch.outgrown);
         grown(rows, &self.context, "rows to sample", ROWS_BYTES)?;
@@ -340,18 +365,24 @@ impl Backend for CudaBackend {
         self.is_recording = true;
         let graph = stream.capture(|| run(self));
         self.is_recording = false;
+        let recorded = std::mem::take(&mut self.recorded);
         let graph = graph?;
+        let words = graph_in_words(graph.n_nodes(), recorded.iter().map(String::as_str));
         graph.upload(&self.stream)?;
-        Ok(Some(graph))
+        Ok(Some(graph.named(words)))
     }
 
     fn replay(&mut self, graph: &Graph, rows: &[SampleRow]) -> Result<()> {
-        if !rows.is_empty() {
-            self.tell_sampling(rows, Reader::Graph)?;
-        }
-        self.ready()?;
-        self.last = None;
-        Ok(graph.launch(&self.stream)?)
+        self.ask(|gpu| {
+            if !rows.is_empty() {
+                gpu.tell_sampling(rows, Reader::Graph)?;
+            }
+            gpu.ready()
+        })?;
+        let launched = graph.launch(&self.stream);
+        self.after_launch(launched)?;
+        (self.last, self.beside) = (None, Beside::Graph(graph.words()));
+        Ok(())
     }
 
     fn share(&mut self, _buf: &CudaBuf) -> Result<PeerHandle> {

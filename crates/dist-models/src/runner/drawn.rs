@@ -2,6 +2,7 @@
 
 use dist_kernels::{Backend, KernelError};
 
+use super::error::Suspect;
 use crate::step::{SampleAt, Sampled, StepBatch};
 
 /// What a step drew, as words that go over a wire: ids, log-probabilities, likeliest ids, their log-probabilities.
@@ -44,6 +45,8 @@ pub(super) enum Draws<B: Backend> {
 #[derive(Debug)]
 pub(super) struct Flight<B: Backend> {
     pub(super) step: u64,
+    /// Rows of the graph that it runs as, if it is a recorded step.
+    pub(super) graph_rows: Option<usize>,
     /// Each sampled row's sequence slot, and how many likeliest tokens it wants.
     pub(super) rows: Vec<(Option<u32>, usize)>,
     /// The most that one of them wants.
@@ -52,9 +55,14 @@ pub(super) struct Flight<B: Backend> {
 }
 
 impl<B: Backend> Flight<B> {
-    pub(super) fn of(batch: &StepBatch, n_top: usize, draws: Draws<B>) -> Self {
+    pub(super) fn of(batch: &StepBatch, graph_rows: Option<usize>, n_top: usize, draws: Draws<B>) -> Self {
         let row = |sample: &SampleAt| (sample.seq_slot, sample.n_top as usize);
-        Self { step: batch.step, rows: batch.samples.iter().map(row).collect(), n_top, draws }
+        Self { step: batch.step, graph_rows, rows: batch.samples.iter().map(row).collect(), n_top, draws }
+    }
+
+    /// What may be to blame for an error.
+    pub(super) fn suspect(&self) -> Suspect {
+        Suspect { step: self.step, graph_rows: self.graph_rows }
     }
 
     /// The row that draws for `seq_slot`.

@@ -1,5 +1,7 @@
 //! Why a step could not be run, for whoever has to find out.
 
+use std::fmt;
+
 use dist_comm::CommError;
 use dist_core::Rank;
 use dist_kernels::KernelError;
@@ -11,10 +13,18 @@ pub enum RunError {
     #[error(transparent)]
     Kernel(#[from] KernelError),
     /// The device, in the middle of a step.
-    #[error("step {step} failed on {rank}: {source}")]
+    #[error("{suspects}: {source}")]
     Step {
-        /// Number of the step.
-        step: u64,
+        /// Where, and which step it was or may have been.
+        suspects: Box<Suspects>,
+        /// What the device says.
+        source: KernelError,
+    },
+    /// The device, at the start.
+    #[error("the decode step of {rows} rows could not be recorded on {rank}: {source}")]
+    Record {
+        /// Rows of the step.
+        rows: usize,
         /// The rank whose device it is.
         rank: Rank,
         /// What the device says.
@@ -43,12 +53,46 @@ pub enum RunError {
     },
 }
 
-impl RunError {
-    /// Of a step, if it is the device's.
-    pub(super) fn at(self, step: u64, rank: Rank) -> Self {
-        match self {
-            Self::Kernel(source) => Self::Step { step, rank, source },
-            other => other,
+/// A step that an error may be of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Suspect {
+    /// Its number.
+    pub step: u64,
+    /// Rows of the graph that it ran as, if it was a recorded one.
+    pub graph_rows: Option<usize>,
+}
+
+/// The steps that an error of a rank's device may be of: one that is asked for steps ahead says late what went wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Suspects {
+    /// The rank whose device it is.
+    pub rank: Rank,
+    /// Oldest first.
+    pub steps: Vec<Suspect>,
+}
+
+impl fmt::Display for Suspects {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, Suspect { step, graph_rows }) in self.steps.iter().enumerate() {
+            f.write_str(if i == 0 { "" } else { " or " })?;
+            write!(f, "step {step}")?;
+            if let Some(rows) = graph_rows {
+                write!(f, " (the graph of {rows} rows)")?;
+            }
         }
+        write!(f, " failed on {}", self.rank)
+    }
+}
+
+impl RunError {
+    /// Of `own`, if it is the device's, or of the steps in flight beside it, if the device says such errors late.
+    pub(super) fn of(self, own: Suspect, beside: impl Iterator<Item = Suspect>, rank: Rank) -> Self {
+        let Self::Kernel(source) = self else { return self };
+        let mut steps = vec![own];
+        if source.may_be_late() {
+            steps.extend(beside);
+            steps.sort_by_key(|suspect| suspect.step);
+        }
+        Self::Step { suspects: Box::new(Suspects { rank, steps }), source }
     }
 }

@@ -100,12 +100,15 @@ pub enum CudaError {
 }
 
 impl CudaError {
-    /// Of a call that waited: what was launched last before it.
+    /// Of a call that may only have brought to light what went wrong before it: what was launched last until then.
     pub(in crate::cuda) fn after(self, last: &str) -> Self {
         match self {
             Self::Call { call, what, name, meaning, status } => {
-                let what = format!("{what}; {last} was launched last");
+                let what = format!("{what}; launched before it: {last}");
                 Self::Call { call, what, name, meaning, status }
+            }
+            Self::Blas { call, what, status } => {
+                Self::Blas { call, what: format!("{what}; launched before it: {last}"), status }
             }
             other => other,
         }
@@ -144,9 +147,20 @@ fn help_of(status: u32) -> Option<&'static str> {
     if is(CUresult::CUDA_ERROR_ECC_UNCORRECTABLE) {
         return Some("the GPU's memory is damaged: look with nvidia-smi -q -d ECC, and restart the machine");
     }
-    if is(CUresult::CUDA_ERROR_ILLEGAL_ADDRESS) || is(CUresult::CUDA_ERROR_LAUNCH_FAILED) {
+    let of_kernels = [
+        CUresult::CUDA_ERROR_ILLEGAL_ADDRESS,
+        CUresult::CUDA_ERROR_LAUNCH_FAILED,
+        CUresult::CUDA_ERROR_MISALIGNED_ADDRESS,
+        CUresult::CUDA_ERROR_ILLEGAL_INSTRUCTION,
+        CUresult::CUDA_ERROR_INVALID_ADDRESS_SPACE,
+        CUresult::CUDA_ERROR_INVALID_PC,
+        CUresult::CUDA_ERROR_HARDWARE_STACK_ERROR,
+        CUresult::CUDA_ERROR_ASSERT,
+    ];
+    if of_kernels.into_iter().any(is) {
         return Some(
-            "a kernel went wrong: CUDA_LAUNCH_BLOCKING=1 shows which, compute-sanitizer why; please report both",
+            "a kernel went wrong: run again with CUDA_LAUNCH_BLOCKING=1 and --no-graphs, which names it by its own \
+             launch; compute-sanitizer says why; please report both",
         );
     }
     if is(CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU) || is(CUresult::CUDA_ERROR_INVALID_IMAGE) {
@@ -189,5 +203,33 @@ pub(super) fn failed(call: &'static str, what: impl Into<String>, error: DriverE
 pub(super) fn dropped(call: &'static str, result: std::result::Result<(), DriverError>) {
     if let Err(error) = result {
         tracing::debug!("{}", failed(call, "a value that ends", error));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Without a driver nobody can be asked for the names of errors, so they are written here.
+    fn told_by(call: &'static str, status: CUresult) -> CudaError {
+        let (name, meaning) = ("CUDA_ERROR".to_owned(), "no reason".to_owned());
+        CudaError::Call { call, what: "an event".to_owned(), name, meaning, status: status as u32 }
+    }
+
+    #[test]
+    fn an_error_that_comes_late_names_what_was_launched() {
+        let error = told_by("cuEventSynchronize", CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
+        let told = error.after("a graph of 9 launches (norm, linear)").to_string();
+        let expected = "cuEventSynchronize failed for an event; launched before it: a graph of 9 launches \
+                        (norm, linear): CUDA_ERROR (no reason)";
+        assert_eq!(told, expected);
+    }
+
+    #[test]
+    fn a_kernel_that_went_wrong_has_a_next_step() {
+        for status in [CUresult::CUDA_ERROR_ILLEGAL_ADDRESS, CUresult::CUDA_ERROR_MISALIGNED_ADDRESS] {
+            let help = told_by("cuGraphLaunch", status).help().unwrap();
+            assert!(help.contains("CUDA_LAUNCH_BLOCKING=1") && help.contains("--no-graphs"), "{help}");
+        }
     }
 }

@@ -1,5 +1,7 @@
 //! Graphs: what a stream was asked, recorded once and asked again with one call.
 
+use std::rc::Rc;
+
 use cudarc::driver::result::{graph, stream};
 use cudarc::driver::sys::{self, CUgraph, CUgraphExec, CUgraphInstantiate_flags, CUstreamCaptureMode};
 
@@ -11,6 +13,7 @@ use super::{Context, Result, Stream};
 pub struct Graph {
     handle: CUgraphExec,
     n_nodes: usize,
+    words: Rc<str>,
     _context: Context,
 }
 
@@ -51,7 +54,8 @@ impl Recorded {
         let handle = unsafe { graph::instantiate(self.graph, CUgraphInstantiate_flags(0)) };
         let handle =
             handle.map_err(|error| failed("cuGraphInstantiate", format!("{n_nodes} nodes"), error))?;
-        Ok(Graph { handle, n_nodes, _context: context.clone() })
+        let words = format!("a graph of {n_nodes} launches").into();
+        Ok(Graph { handle, n_nodes, words, _context: context.clone() })
     }
 }
 
@@ -69,14 +73,26 @@ impl Graph {
     pub fn launch(&self, stream: &Stream) -> Result<()> {
         // SAFETY: both are alive.
         unsafe { graph::launch(self.handle, stream.handle) }
-            .map_err(|error| failed("cuGraphLaunch", format!("{} nodes", self.n_nodes), error))
+            .map_err(|error| failed("cuGraphLaunch", &*self.words, error))
     }
 
     /// Takes it to the GPU, so that its first launch takes no longer than the others.
     pub fn upload(&self, stream: &Stream) -> Result<()> {
         // SAFETY: both are alive.
         unsafe { graph::upload(self.handle, stream.handle) }
-            .map_err(|error| failed("cuGraphUpload", format!("{} nodes", self.n_nodes), error))
+            .map_err(|error| failed("cuGraphUpload", &*self.words, error))
+    }
+
+    /// The same graph, called `words` where an error has to name it.
+    #[must_use]
+    pub(in crate::cuda) fn named(mut self, words: Rc<str>) -> Self {
+        self.words = words;
+        self
+    }
+
+    /// What it is, for errors that come to light after it was launched.
+    pub fn words(&self) -> Rc<str> {
+        Rc::clone(&self.words)
     }
 
     /// Kernels, copies and fills in it.
