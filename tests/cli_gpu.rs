@@ -121,9 +121,28 @@ fn what_spills_or_does_not_compile_fails_by_name() {
     // What spills was kept, and fails again.
     let again = home.run(&["kernels", "build", "--arch", "sm_80", "--out", "STUB_SPILLS", "--json"], &[]);
     assert!(again.code == Some(1) && again.err.contains("norm_kernel spills"), "{}", again.err);
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_is_told_before_anything_is_compiled() {
+    let home = Home::new();
+    stubs::nvrtc(home.path());
     fs::write(home.path().join("file"), "").unwrap();
-    let ran = home.run(&["kernels", "build", "--out", "file"], &[]);
-    assert!(ran.code == Some(1) && ran.err.contains("not stored"), "{}", ran.err);
+    for dir in ["file", "file/below", "/proc/nowhere"] {
+        for (args, set) in [
+            (&["kernels", "build", "--out", dir][..], [("STUB_ERROR", "norm")]),
+            (&["kernels", "build"], [("DIST_KERNEL_CACHE", dir)]),
+        ] {
+            let ran = home.run(args, &set);
+            assert_eq!((ran.code, ran.out.as_str()), (Some(1), ""), "{}", ran.err);
+            assert!(ran.err.contains(&format!("cannot be stored in {dir}")), "{}", ran.err);
+            assert!(
+                ran.err.contains("help: name a folder") && !ran.err.contains("no such thing"),
+                "{}",
+                ran.err
+            );
+        }
+    }
 }
 
 #[test]
@@ -133,6 +152,27 @@ fn an_architecture_that_is_none_is_refused() {
         assert_eq!((ran.code, ran.out.as_str()), (Some(2), ""), "{arch}: {}", ran.err);
         assert!(ran.err.contains("sm_80, sm_90 or sm_90a"), "{}", ran.err);
     }
+}
+
+#[test]
+fn an_architecture_that_the_compiler_does_not_know_is_refused_with_those_that_it_does() {
+    let home = Home::new();
+    stubs::nvrtc(home.path());
+    for arch in ["sm_99", "sm_86", "sm_80,sm_91a"] {
+        let ran = home.run(&["kernels", "build", "--arch", arch], &[]);
+        assert_eq!((ran.code, ran.out.as_str()), (Some(2), ""), "{arch}: {}", ran.err);
+        let wrong = arch.rsplit(',').next().unwrap();
+        assert!(ran.err.contains(&format!("--arch {wrong}: ")), "{}", ran.err);
+        assert!(
+            ran.err.contains("did you mean sm_") && ran.err.contains("sm_80, sm_90, sm_120"),
+            "{}",
+            ran.err
+        );
+    }
+    assert!(!home.path().join("cache").exists());
+    let report = home.json(&["kernels", "build", "--arch", "sm_120", "--json"]);
+    let archs = strings(&report["units"], "arch");
+    assert!(!archs.is_empty() && archs.iter().all(|arch| *arch == "sm_120"), "{archs:?}");
 }
 
 #[test]

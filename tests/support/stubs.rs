@@ -35,6 +35,8 @@ int nvrtcCompileProgram(struct program *p, int n, const char **options) {
 int nvrtcGetProgramLogSize(struct program *p, size_t *n) { *n = strlen(p->log) + 1; return 0; }
 int nvrtcGetProgramLog(struct program *p, char *log) { strcpy(log, p->log); return 0; }
 int nvrtcGetCUBINSize(struct program *p, size_t *n) { *n = strlen(p->cubin); return 0; }
+int nvrtcGetNumSupportedArchs(int *n) { *n = 4; return 0; }
+int nvrtcGetSupportedArchs(int *archs) { memcpy(archs, (int[]){75, 80, 90, 120}, 4 * sizeof *archs); return 0; }
 int nvrtcGetCUBIN(struct program *p, char *cubin) { memcpy(cubin, p->cubin, strlen(p->cubin)); return 0; }
 "#;
 

@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 
 use dist_kernels::cuda::cache::{Cubin, Kept, KernelCache, Origin};
 use dist_kernels::cuda::compile::{Arch, Compiler, Program};
+use dist_kernels::cuda::nvrtc::Nvrtc;
 use dist_kernels::cuda::units::{UNITS, Unit};
 
 use crate::flags::kernels::{BuildArgs, KernelsArgs, KernelsTask};
 use crate::gpu;
-use crate::problem::Problem;
+use crate::problem::{Problem, did_you_mean};
 use crate::render::{self, Console};
 
 /// A unit that was compiled or found.
@@ -59,10 +60,16 @@ fn build(args: &BuildArgs, console: &Console) -> anyhow::Result<()> {
         let help = error.help();
         Problem::failed("there is no compiler for kernels").because(error).help(help)
     })?;
+    known(&args.arch, nvrtc)?;
+    let programs: Vec<_> = asked(&args.arch).into_iter().map(|(unit, arch)| unit.program(arch)).collect();
+    // What takes a minute to compile and could not be stored is not begun.
+    if programs.iter().any(|program| !cache.holds_of(program, nvrtc.version())) {
+        cache.try_to_write().map_err(|error| cannot_store(&cache, error))?;
+    }
     let mut built = Vec::new();
-    for (unit, arch) in asked(&args.arch) {
-        let (start, program) = (Instant::now(), unit.program(arch));
-        console.note(&format!("{} for {arch}", unit.name));
+    for program in programs {
+        let start = Instant::now();
+        console.note(&format!("{} for {}", program.unit, program.arch));
         let outcome = cache.get(&program, Ok(nvrtc)).map_err(|error| error.to_string());
         built.push(Built { program, outcome, took: start.elapsed() });
     }
@@ -76,6 +83,25 @@ fn build(args: &BuildArgs, console: &Console) -> anyhow::Result<()> {
         None => Ok(()),
         Some(fault) => Err(fault.into()),
     }
+}
+
+fn cannot_store(cache: &KernelCache, error: std::io::Error) -> Problem {
+    let problem = Problem::failed(format!("kernels cannot be stored in {}", cache.dir().display()));
+    problem.because(error).help("name a folder that can be written: --out DIR, or DIST_KERNEL_CACHE")
+}
+
+/// Refuses an architecture that the compiler does not know: an unknown one would be taken for the nearest below it.
+fn known(archs: &[Arch], nvrtc: &Nvrtc) -> Result<(), Problem> {
+    let capabilities = nvrtc.capabilities();
+    let Some(wrong) = archs.iter().find(|arch| !capabilities.contains(&arch.capability)) else {
+        return Ok(());
+    };
+    let all = capabilities.into_iter().filter(|&capability| capability >= Arch::SM_80.capability);
+    let all: Vec<String> = all.map(|capability| Arch { capability, is_own: false }.to_string()).collect();
+    let near = did_you_mean(&wrong.to_string(), all.iter().map(String::as_str));
+    let help = format!("NVRTC {} compiles for {}", nvrtc.version(), all.join(", "));
+    let help = near.map_or(help.clone(), |near| format!("{near} {help}"));
+    Err(Problem::usage(format!("--arch {wrong}: the compiler knows no such architecture")).help(help))
 }
 
 /// What is compiled for the architectures: each unit in the form that such a GPU runs, once.
@@ -171,6 +197,9 @@ mod tests {
             ampere.contains(&"norm sm_80".to_owned()) && ampere.iter().all(|line| line.ends_with("sm_80"))
         );
         assert_eq!(told(&["sm_86"]), ampere);
+        // No general form runs there, so there is one of its own, as when such a GPU is found.
+        let blackwell = told(&["sm_120"]);
+        assert!(blackwell.len() == ampere.len() && blackwell.iter().all(|line| line.ends_with("sm_120")));
         let hopper = told(&["sm_90a"]);
         assert!(
             hopper.contains(&"linear_hopper sm_90a".to_owned()) && hopper.contains(&"norm sm_90".to_owned())

@@ -9,7 +9,8 @@ const AFTER_HELP: &str = "\
 Kernels for GPUs are compiled by NVIDIA's NVRTC when they are first needed, and
 kept in DIST_KERNEL_CACHE, by default $XDG_CACHE_HOME/dist/kernels. `build` does
 that beforehand; it needs NVRTC (pip install nvidia-cuda-nvrtc==13.0.88), and
-neither a GPU nor a driver.
+neither a GPU nor a driver. GPUs of sm_86 and sm_89 run what is for sm_80; those
+of sm_100 and later get kernels of their own.
 
 Exit codes: 0 done, 1 a kernel does not compile, spills or cannot be stored, 2 a flag is wrong.
 
@@ -22,6 +23,7 @@ const BUILD_HELP: &str = "\
 Examples:
   dist-cli kernels build
   dist-cli kernels build --arch sm_90a,sm_80 --out kernels
+  dist-cli kernels build --arch sm_120
   DIST_CUDA_LIB=venv/lib/python3.12/site-packages/nvidia/cu13/lib dist-cli kernels build --json";
 
 const LIST_HELP: &str = "\

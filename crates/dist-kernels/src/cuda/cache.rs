@@ -95,7 +95,7 @@ impl KernelCache {
             Ok(compiler) => compiler,
             Err(why) => return self.without_compiler(program, why),
         };
-        let path = self.dir.join(format!("{}-nvrtc{}.cubin", stem(program), compiler.version()));
+        let path = self.path(program, compiler.version());
         match read(&path) {
             Ok(Some(cubin)) => return Ok(cubin),
             Ok(None) => {}
@@ -115,6 +115,22 @@ impl KernelCache {
             cubin.origin = Origin::NotStored(why);
         }
         Ok(cubin)
+    }
+
+    /// Whether this version of the compiler need not compile `program` again.
+    pub fn holds_of(&self, program: &Program, compiler: Version) -> bool {
+        matches!(read(&self.path(program, compiler)), Ok(Some(_)))
+    }
+
+    /// Makes the folder, and writes a file to it and removes it again: whether entries can be stored.
+    pub fn try_to_write(&self) -> io::Result<()> {
+        let path = self.dir.join("try");
+        write_beside(&path, b"")?;
+        fs::remove_file(path)
+    }
+
+    fn path(&self, program: &Program, compiler: Version) -> PathBuf {
+        self.dir.join(format!("{}-nvrtc{compiler}.cubin", stem(program)))
     }
 
     /// Whether `program` is there, whatever version has made it.

@@ -31,6 +31,8 @@ struct Functions {
     cubin_size: unsafe extern "C" fn(Handle, *mut usize) -> Status,
     cubin: unsafe extern "C" fn(Handle, *mut c_char) -> Status,
     error_string: unsafe extern "C" fn(Status) -> *const c_char,
+    n_archs: unsafe extern "C" fn(*mut c_int) -> Status,
+    archs: unsafe extern "C" fn(*mut c_int) -> Status,
 }
 
 /// An open NVRTC.
@@ -49,6 +51,19 @@ impl Nvrtc {
     /// The file that was opened.
     pub fn path(&self) -> &Path {
         &self.opened.path
+    }
+
+    /// The compute capabilities that it compiles for, in order; none if it does not say.
+    pub fn capabilities(&self) -> Vec<(u32, u32)> {
+        let mut n = 0;
+        // SAFETY: NVRTC's documented signature, and a number to fill.
+        let status = unsafe { (self.functions.n_archs)(&raw mut n) };
+        let mut numbers: Vec<c_int> = vec![0; if status == 0 { n.max(0) as usize } else { 0 }];
+        // SAFETY: NVRTC writes as many numbers as it has just said.
+        let status = unsafe { (self.functions.archs)(numbers.as_mut_ptr()) };
+        numbers.retain(|&number| status == 0 && number > 0);
+        numbers.sort_unstable();
+        numbers.into_iter().map(|number| (number as u32 / 10, number as u32 % 10)).collect()
     }
 
     fn error(&self, unit: &str, arch: String, status: Status, log: &str) -> CompileError {
@@ -141,6 +156,8 @@ impl Functions {
                 cubin_size: *library.get(b"nvrtcGetCUBINSize")?,
                 cubin: *library.get(b"nvrtcGetCUBIN")?,
                 error_string: *library.get(b"nvrtcGetErrorString")?,
+                n_archs: *library.get(b"nvrtcGetNumSupportedArchs")?,
+                archs: *library.get(b"nvrtcGetSupportedArchs")?,
             })
         }
     }

@@ -157,9 +157,21 @@ fn kernels_that_cannot_be_stored_are_used_all_the_same() {
     // A file stands where the folder should be.
     let cache = KernelCache::new(dir.path().join("file"));
     fs::write(cache.dir(), "").unwrap();
+    assert!(cache.try_to_write().is_err());
     let cubin = cache.get(&program("a"), Ok(&Counting::new(0))).unwrap();
     assert!(matches!(&cubin.origin, Origin::NotStored(why) if why.contains("file")), "{:?}", cubin.origin);
     assert_eq!(cubin.bytes, b"code of a by 13.0");
+}
+
+#[test]
+fn a_folder_is_tried_before_anything_is_compiled_and_nothing_is_left_in_it() {
+    let (_dir, cache) = cache();
+    cache.try_to_write().unwrap();
+    assert_eq!(entries(&cache), [""; 0].map(PathBuf::from));
+    let (old, new) = (Version { major: 13, minor: 0 }, Version { major: 13, minor: 1 });
+    assert!(!cache.holds_of(&program("a"), old));
+    cache.get(&program("a"), Ok(&Counting::new(0))).unwrap();
+    assert!(cache.holds_of(&program("a"), old) && !cache.holds_of(&program("a"), new));
 }
 
 #[test]
