@@ -4,6 +4,7 @@
 //! written anew.
 
 use std::collections::HashMap;
+use std::hash::BuildHasher;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -12,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::cache::{hex, write_beside};
-use super::driver::{Algo, ProductShape};
+use super::driver::{Algo, EpilogueKind, ProductShape};
 use super::regular_file;
 
 /// A file's form; it changes with the fields below.
@@ -48,12 +49,11 @@ pub fn buckets(rows_max: usize) -> impl Iterator<Item = usize> {
 }
 
 /// What a plan is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PlanKey {
     /// The last number of rows of its bucket.
     pub rows: usize,
     /// The product.
-    #[serde(flatten)]
     pub shape: ProductShape,
 }
 
@@ -122,11 +122,18 @@ pub struct PlansOf {
     pub source: String,
 }
 
-/// A plan in a file.
+/// A plan in a file. Every field has its place here and no other is taken: what is read takes no memory but that of
+/// its lines.
 #[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Line {
-    #[serde(flatten)]
-    key: PlanKey,
+    rows: usize,
+    n: usize,
+    k: usize,
+    ld: usize,
+    dtype: DType,
+    out_f32: bool,
+    epilogue: EpilogueKind,
     own_us: f64,
     library_us: Option<f64>,
     /// Hexadecimal.
@@ -134,6 +141,7 @@ struct Line {
 }
 
 #[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct File {
     form: u32,
     of: PlansOf,
@@ -190,27 +198,37 @@ impl PlanCache {
 
     /// SHA-256 of the file that holds these plans, for a report of what ran.
     pub fn hash(&self) -> String {
-        hex(&Sha256::digest(self.encode()))
+        hex(&Sha256::digest(encode(&self.plans, &self.of)))
     }
 
     /// Writes them, beside their place first, so that nobody reads half of them.
     pub fn save(&self) -> io::Result<()> {
-        write_beside(&self.path, &self.encode())
+        write_beside(&self.path, &encode(&self.plans, &self.of))
+    }
+}
+
+/// The file that holds `plans` for `of`; the same plans give the same bytes.
+pub fn encode<S: BuildHasher>(plans: &HashMap<PlanKey, Plan, S>, of: &PlansOf) -> Vec<u8> {
+    let mut plans: Vec<_> = plans.iter().collect();
+    plans.sort_by_key(|(key, _)| key.order());
+    let plans = plans.into_iter().map(|(key, plan)| Line::new(key, plan)).collect();
+    let file = File { form: FORM, of: of.clone(), plans };
+    let mut bytes = serde_json::to_vec_pretty(&file).expect("numbers that were measured are finite");
+    bytes.push(b'\n');
+    bytes
+}
+
+impl Line {
+    fn new(key: &PlanKey, plan: &Plan) -> Self {
+        let ProductShape { n, k, ld, dtype, out_f32, epilogue } = key.shape;
+        let (own_us, library_us) = (plan.own_us, plan.library.map(|library| library.us));
+        let algo = plan.library.map(|library| hex(&library.algo.0));
+        Self { rows: key.rows, n, k, ld, dtype, out_f32, epilogue, own_us, library_us, algo }
     }
 
-    fn encode(&self) -> Vec<u8> {
-        let mut plans: Vec<_> = self.plans.iter().collect();
-        plans.sort_by_key(|(key, _)| key.order());
-        let line = |(key, plan): (&PlanKey, &Plan)| Line {
-            key: *key,
-            own_us: plan.own_us,
-            library_us: plan.library.map(|library| library.us),
-            algo: plan.library.map(|library| hex(&library.algo.0)),
-        };
-        let file = File { form: FORM, of: self.of.clone(), plans: plans.into_iter().map(line).collect() };
-        let mut bytes = serde_json::to_vec_pretty(&file).expect("numbers that were measured are finite");
-        bytes.push(b'\n');
-        bytes
+    fn key(&self) -> PlanKey {
+        let &Self { rows, n, k, ld, dtype, out_f32, epilogue, .. } = self;
+        PlanKey { rows, shape: ProductShape { n, k, ld, dtype, out_f32, epilogue } }
     }
 }
 
@@ -220,13 +238,13 @@ fn read(path: &Path, of: &PlansOf) -> Result<HashMap<PlanKey, Plan>, String> {
     parse(&bytes, of)
 }
 
-/// The plans in the bytes of a file that is for `of`, or why there are none. Any bytes may come: an error takes no more
-/// memory than a few times their length, and no more than [`PLANS_MAX`] plans are given.
+/// The plans in the bytes of a file that is for `of`, or why there are none. Any bytes may come: they take a few times
+/// their own memory at most, and that is bounded.
 pub fn parse(bytes: &[u8], of: &PlansOf) -> Result<HashMap<PlanKey, Plan>, String> {
     if bytes.len() as u64 > FILE_BYTES_MAX {
         return Err(format!("it is longer than {FILE_BYTES_MAX} bytes"));
     }
-    let file: File = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+    let file: File = serde_json::from_slice(bytes).map_err(|error| short(&error.to_string()))?;
     if file.form != FORM || file.of != *of {
         return Err("it is for something else".to_owned());
     }
@@ -237,7 +255,8 @@ pub fn parse(bytes: &[u8], of: &PlansOf) -> Result<HashMap<PlanKey, Plan>, Strin
 }
 
 fn plan(line: Line) -> Result<(PlanKey, Plan), String> {
-    let Line { key, own_us, library_us, algo } = line;
+    let key = line.key();
+    let Line { own_us, library_us, algo, .. } = line;
     let is_time = |us: f64| us.is_finite() && us > 0.0;
     if !key.is_sound() || !is_time(own_us) || !library_us.is_none_or(is_time) {
         return Err(format!("no product is like {key:?}, {own_us} us, {library_us:?} us"));
@@ -248,6 +267,12 @@ fn plan(line: Line) -> Result<(PlanKey, Plan), String> {
         _ => return Err("a time without an algorithm, or the other way round".to_owned()),
     };
     Ok((key, Plan { own_us, library }))
+}
+
+/// A message without what a file may have put into it: a name of any length, or what a terminal obeys.
+fn short(message: &str) -> String {
+    const CHARS_MAX: usize = 200;
+    message.chars().filter(|c| !c.is_control()).take(CHARS_MAX).collect()
 }
 
 fn unhex(digits: &str) -> Result<[u8; 64], String> {
