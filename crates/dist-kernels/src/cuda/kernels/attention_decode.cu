@@ -41,14 +41,16 @@ struct AttentionArgs {
 
 template <int D_, int E_, int W_, int S_, int B_>
 struct DecodeShape {
-    static constexpr int D = D_, E = E_, S = S_, WARPS = W_;
+    static constexpr int D = D_, E = E_, WARPS = W_;
     static constexpr int BLOCKS = B_;                  // of a multiprocessor at least, as registers go
     static constexpr int ROW = D * 2 + 16;             // bytes, an odd number of 16: no bank conflicts in ldmatrix
     static constexpr int HALF = 16 * ROW, CHUNK = 2 * HALF;
+    static constexpr int FIT = (SHARED_MOST - WARPS * E * 8) / (WARPS * CHUNK), S = FIT < S_ ? FIT : S_;
     static constexpr int RING = S * CHUNK;             // of a warp; in the end its sums [E][D] lie there
     static constexpr int PIECES = D / 8;               // 16-byte pieces of a row
     static constexpr int STATE = WARPS * RING;         // offset of maxima and sums of the warps
     static constexpr int SHARED = STATE + WARPS * E * 8;
+    static_assert(S >= 1 && SHARED <= SHARED_MOST, "rings");
     static_assert(RING >= E * D * 4 && (E == 8 || E == 16), "a warp's sums fit its ring");
 };
 

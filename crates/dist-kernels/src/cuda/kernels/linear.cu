@@ -2,10 +2,13 @@
 //
 // k is permuted inside a step of 32, the same way on both sides, so that one 16-byte load from shared memory feeds two
 // products. The warps share a stage along k (WK) and along the outputs (WM).
+//
+// Where blocks have less shared memory than Hopper's, stages are half as long, and as many as fit.
 
 template <int MT_, int NT_, int WM_, int U_, int S_>
 struct LinearShape {
-    static constexpr int MT = MT_, NT = NT_, WM = WM_, U = U_, S = S_;
+    static constexpr bool IS_SMALL = SHARED_MOST < 232448;
+    static constexpr int MT = MT_, NT = NT_, WM = WM_, U = IS_SMALL ? 1 : U_;
     static constexpr int WARPS = 8, WK = WARPS / WM, MW = MT / WM;
     static constexpr int KC = 32 * WK * U;        // inputs of a stage
     static constexpr int TN = 16 * MT;            // outputs of a pass
@@ -18,7 +21,9 @@ struct LinearShape {
     static constexpr int SUMS = ALL ? WK : 1;
     static constexpr int SUM_BUFFERS = ALL ? WK : (WK > 1 ? WK / 2 : 1);
     static constexpr int SUM_FLOATS = NT * 8 * LD;
+    static constexpr int FIT = (SHARED_MOST - SUM_BUFFERS * SUM_FLOATS * 4) / STAGE, S = IS_SMALL && FIT < S_ ? FIT : S_;
     static constexpr int SHARED = S * STAGE + SUM_BUFFERS * SUM_FLOATS * 4;
+    static_assert(S >= 2 && SHARED <= SHARED_MOST, "a ring");
     // Rows lie as they are, with every other one's halves of 128 bytes swapped, against bank conflicts.
     static DEVICE_MEMBER u32 weight_at(int row, int c) { return row * (KC * 2) + ((c ^ ((row & 1) << 2)) << 4); }
     static DEVICE_MEMBER u32 x_at(int row, int c) { return weight_at(row, c); }

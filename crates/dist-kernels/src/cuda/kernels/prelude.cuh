@@ -13,6 +13,13 @@ typedef long long i64;
 #define HOPPER 0
 #endif
 
+// Shared memory that a block may have: on whatever runs what is compiled here. What is for sm_80 runs on all of 8.x.
+#if HOPPER && __CUDA_ARCH__ < 1200
+constexpr int SHARED_MOST = 232448;
+#else
+constexpr int SHARED_MOST = 101376;
+#endif
+
 #define DEVICE static __device__ __forceinline__
 #define DEVICE_MEMBER __device__ __forceinline__
 #define KERNEL extern "C" __global__ void
