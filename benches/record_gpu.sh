@@ -109,6 +109,7 @@ offline() {
     echo "commit=$DIST_COMMIT date=$(date -u +%FT%TZ) cores=$(nproc) memory=$(awk '/MemTotal/ { print $2 }' /proc/meminfo) kB"
     nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,memory.total \
         --format=csv
+    bin/dist-cli doctor | sed -nE '/^ +(CUDA driver|NVRTC|cuBLASLt) /{s/^ +//;s/ +/ /g;s/ (at|by the loader) .*//;p}'
     bin/dist-cli kernels list
 } >"$results/gpu-machine.txt" 2>&1
 # Kernels are compiled by whoever needs them first, which must not be what is measured.

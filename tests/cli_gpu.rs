@@ -287,3 +287,23 @@ fn a_cublas_lt_that_lacks_functions_is_told() {
     assert!(what.ends_with("it lacks cublasLtMatmul, cublasLtMatmulAlgoCheck"), "{problem}");
     assert!(problem["help"].as_str().unwrap().contains("pip install nvidia-cublas"), "{problem}");
 }
+
+/// What `benches/record_gpu.sh` writes of the libraries, by its own line; it is run where results are recorded only.
+#[test]
+fn a_record_names_the_versions_of_the_libraries() {
+    if loader_knows(2) {
+        return;
+    }
+    let from = std::env::var_os("DIST_REPO").map_or_else(|| std::env::current_dir().unwrap(), PathBuf::from);
+    let script = from.ancestors().find_map(|dir| fs::read_to_string(dir.join("benches/record_gpu.sh")).ok());
+    let script = script.expect("benches/record_gpu.sh");
+    let line = script.lines().find(|line| line.contains("bin/dist-cli doctor")).expect("what names them");
+    let home = Home::new();
+    stubs::cublas_lt(home.path(), &[]);
+    let line = line.replace("bin/dist-cli", env!("CARGO_BIN_EXE_dist-cli"));
+    let mut bash = std::process::Command::new("bash");
+    let output = bash.args(["-c", &line]).env("DIST_CUDA_LIB", home.path()).output().unwrap();
+    let told = String::from_utf8(output.stdout).unwrap();
+    assert!(told.lines().any(|line| line == "cuBLASLt 13.1"), "{told}");
+    assert!(told.contains("CUDA driver") && told.contains("NVRTC") && !told.contains(" at "), "{told}");
+}

@@ -32,6 +32,7 @@ pub(crate) fn origin(gpu: &mut Gpu) -> dist_kernels::Result<Value> {
     let driver = facts.first().filter(|fact| !fact.is_empty());
     let cuda = gpu.libraries.driver().ok().map(|opened| opened.version.to_string());
     let nvrtc = gpu.libraries.nvrtc().ok().map(|nvrtc| Compiler::version(nvrtc).to_string());
+    let cublas_lt = gpu.libraries.cublas_lt().ok().map(|opened| opened.version.to_string());
     let words: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
     let command = format!("cargo bench -p dist-kernels --bench cuda_kernels -- {}", words.join(" "));
     Ok(json!({
@@ -49,6 +50,7 @@ pub(crate) fn origin(gpu: &mut Gpu) -> dist_kernels::Result<Value> {
             "driver": driver,
             "driver_cuda": cuda,
             "nvrtc": nvrtc,
+            "cublas_lt": cublas_lt,
             "sm_clock_mhz": number(1),
             "memory_clock_mhz": number(2),
             "sm_clock_max_mhz": number(3),

@@ -123,7 +123,7 @@ fn own_kernels_and_the_library_give_what_the_cpu_gives() {
             return;
         }
         let Some((_one, mut gpu)) = gpu_with(TEST, CudaOptions { gemm, ..options(None) }) else { return };
-        for (i, rows) in [5, 64, 65, 77, 128, 129, 300, 1025].into_iter().enumerate() {
+        for (i, rows) in [5, 64, 65, 77, 128, 129, 257, 300, 385, 1025].into_iter().enumerate() {
             for (j, (n, k)) in shapes.into_iter().enumerate() {
                 let product = Product::new(&mut random, (rows, n, k), TYPES[(i + j) % 2]);
                 for end in [ENDS[(i + j) % 8], ENDS[(i + j + 3) % 8]] {
@@ -220,7 +220,7 @@ fn what_was_tuned_once_is_not_measured_again() {
     assert_eq!((report.hash.as_ref(), fs::read(&path).unwrap()), (Some(&hash), written));
     // The plans are followed: between their rows too, and not beyond them.
     for ((product, end), shape) in products.iter().zip(&shapes) {
-        for rows in [65, 128, 201, 300, 512] {
+        for rows in [65, 128, 201, 257, 300, 385, 512] {
             let before = gpu.n_products_of_library();
             let found = product.run(&mut gpu, product.dtype, *end, (0, rows));
             let by_library = gpu.n_products_of_library() > before;
