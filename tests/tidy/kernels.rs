@@ -45,7 +45,8 @@ pub(crate) fn unlisted(sources: &[Source]) -> Vec<String> {
         findings
             .extend(kernels_of_gpus(source).filter_map(|found| missing(found, &of_file, source, &list_path)));
     }
-    let with_cu = |row: &&Row| row.files.iter().any(|file| file.ends_with(".cu"));
+    let is_cu = |file: &String| file.rsplit_once('.').is_some_and(|(_, end)| end == "cu");
+    let with_cu = |row: &&Row| row.files.iter().any(is_cu);
     let of_gpus: Vec<&Row> = rows.iter().filter(with_cu).collect();
     for source in sources.iter().filter(|source| source.path == format!("{CRATE}src/cuda/units.rs")) {
         findings.extend(variants(source).filter_map(|found| missing(found, &of_gpus, source, &list_path)));

@@ -25,7 +25,9 @@ fn seeds() -> Vec<Vec<u8>> {
 #[test]
 fn seeds_of_the_fuzz_target_hold() {
     let seeds = seeds();
-    seeds.iter().for_each(|seed| check(seed));
+    for seed in &seeds {
+        check(seed);
+    }
     let n_sound = seeds.iter().filter(|seed| parse(seed, &of_the_seeds()).is_ok()).count();
     assert!(n_sound >= 2 && seeds.len() > n_sound, "{n_sound} of {} seeds are plans", seeds.len());
 }
@@ -65,7 +67,7 @@ fn peak_bytes() -> usize {
 #[test]
 fn the_worst_files_take_a_bounded_amount_of_memory() {
     const FILE_BYTES: usize = 4 << 20;
-    const MOST: usize = 64 << 20;
+    const MOST: usize = 32 << 20;
     let line =
         r#"{"rows":128,"n":1,"k":1,"ld":1,"dtype":"f16","out_f32":true,"epilogue":"none","own_us":1},"#;
     let start =
