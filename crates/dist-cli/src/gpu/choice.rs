@@ -37,6 +37,17 @@ impl FromStr for GpuAsked {
     }
 }
 
+impl fmt::Display for GpuAsked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(None) => f.write_str("cuda"),
+            Self::Cuda(Some(ordinal)) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
 fn told(text: &str) -> String {
     format!("{text} is no device: write auto, cpu, cuda or cuda:N")
 }
@@ -111,12 +122,22 @@ pub fn choose(asked: GpuAsked, look: impl FnOnce() -> Usable) -> anyhow::Result<
     match (pick(ordinal, &usable), ordinal) {
         (Ok(ordinal), _) => Ok(DeviceChoice::Cuda { ordinal }),
         (Err((why, _)), None) => Ok(DeviceChoice::Cpu { why: Some(why), is_here }),
-        (Err((why, help)), Some(ordinal)) => {
+        (Err((why, help)), Some(_)) => {
             let problem = if is_broken { Problem::failed } else { Problem::usage };
-            let problem = problem(format!("--device cuda:{ordinal}: {why}"));
-            Err(problem.help(help.unwrap_or_else(|| "write --device cpu, or leave it out".to_owned())).into())
+            let problem = problem(format!("--device {asked}: {why}"));
+            let help = help.unwrap_or_else(|| "write --device cpu, or leave it out".to_owned());
+            // Where no GPU can be had at all, the way on is another device.
+            let has_any = usable.devices.is_ok_and(|devices| !devices.is_empty());
+            let way_on = "use --device cpu; dist-cli doctor shows what a GPU lacks here";
+            Err(problem.help(if has_any { help } else { format!("{way_on} ({help})") }).into())
         }
     }
+}
+
+/// GPUs as the flag names them.
+fn listed(devices: &[DeviceInfo]) -> String {
+    let one = |device: &DeviceInfo| format!("cuda:{} ({})", device.ordinal, device.name);
+    devices.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
 /// The GPU of that number, or the first that will do; else why not, and what to do.
@@ -124,8 +145,10 @@ fn pick(ordinal: Option<usize>, usable: &Usable) -> Result<usize, (String, Optio
     let devices = usable.devices.as_ref().map_err(|error| (error.to_string(), error.help()))?;
     let of_error = |error: CudaError| (error.to_string(), error.help());
     let fits = |ordinal: usize| {
-        let device = devices.get(ordinal);
-        let device = device.ok_or(CudaError::NoSuchGpu { ordinal, n: devices.len() }).map_err(of_error)?;
+        let Some(device) = devices.get(ordinal) else {
+            let error = CudaError::NoSuchGpu { ordinal, n: devices.len() };
+            return Err((error.to_string(), Some(format!("choose one that is here: {}", listed(devices)))));
+        };
         if !device.is_supported() {
             let (name, capability) = (device.name.clone(), device.capability);
             return Err(of_error(CudaError::Capability { name, capability }));
@@ -134,10 +157,10 @@ fn pick(ordinal: Option<usize>, usable: &Usable) -> Result<usize, (String, Optio
             || "pip install nvidia-cuda-nvrtc==13.0.88, or fill the cache: dist-cli kernels build".to_owned();
         usable.kernels[ordinal].clone().map_or(Ok(ordinal), |why| Err((why, Some(help()))))
     };
-    if let Some(ordinal) = ordinal {
-        return fits(ordinal);
-    }
     let none = || Err(of_error(CudaError::NoGpu));
+    if let Some(ordinal) = ordinal {
+        return if devices.is_empty() { none() } else { fits(ordinal) };
+    }
     let mut tried = (0..devices.len()).map(fits);
     // The first reason is told where none will do.
     tried.next().unwrap_or_else(none).or_else(|first| tried.find_map(Result::ok).ok_or(first))
@@ -207,6 +230,32 @@ mod tests {
         check("cuda:1", &with(&[9, 8]), "GPU 1");
         check("cuda:2", &with(&[9, 8]), "error: --device cuda:2: there is no GPU 2: the driver sees 2");
         check("cuda:0", &with(&[7, 8]), "error: --device cuda:0: GPU of 7 has compute capability 7.0");
+    }
+
+    #[track_caller]
+    fn help(asked: &str, usable: &Usable) -> String {
+        let error = choose(asked.parse().unwrap(), || usable.clone()).expect_err("it cannot be had");
+        crate::problem::help_of(&error).expect("a way on")
+    }
+
+    #[test]
+    fn what_is_proposed_is_there() {
+        let told = help("cuda:2", &with(&[9, 8]));
+        assert_eq!(told, "choose one that is here: cuda:0 (GPU of 9), cuda:1 (GPU of 8)");
+        for none in [with(&[]), Usable { devices: Err(CudaError::NoGpu), ..with(&[]) }] {
+            for asked in ["cuda", "cuda:0", "cuda:3"] {
+                check(
+                    asked,
+                    &none,
+                    &format!("error: --device {asked}: NVIDIA's driver is here, but it sees no GPU"),
+                );
+                let told = help(asked, &none);
+                assert!(
+                    told.starts_with("use --device cpu; dist-cli doctor") && !told.contains("cuda:"),
+                    "{told}"
+                );
+            }
+        }
     }
 
     #[test]

@@ -94,14 +94,25 @@ impl Device for CudaBackend {
 
 /// One GPU serves one rank so far: several ranks run on the processor, unless a GPU was named.
 pub fn for_ranks(request: DeviceRequest, launch: &Launch) -> anyhow::Result<DeviceRequest> {
-    match (request.kind, launch.world_size()) {
-        (DeviceKind::Cpu, _) | (_, 1) => Ok(request),
-        (DeviceKind::Cuda, _) if !request.is_named => Ok(DeviceRequest { kind: DeviceKind::Cpu, ..request }),
-        (DeviceKind::Cuda, n) => {
-            let problem = Problem::usage(format!("--device cuda: {n} ranks, and only one can run on a GPU"));
-            Err(problem.help("leave out --tp and --pp, or use --device cpu").into())
-        }
+    let (request, why) = for_n_ranks(request, launch.world_size())?;
+    // Once for all ranks.
+    if let Some(why) = why.filter(|_| !launch.is_follower()) {
+        tracing::warn!("on the CPU: {why}");
     }
+    Ok(request)
+}
+
+/// The device of each of `n` ranks, and why it is not the one that was found.
+fn for_n_ranks(request: DeviceRequest, n: usize) -> anyhow::Result<(DeviceRequest, Option<String>)> {
+    if request.kind == DeviceKind::Cpu || n == 1 {
+        return Ok((request, None));
+    }
+    if request.is_named {
+        let problem = Problem::usage(format!("--device cuda: {n} ranks, and only one can run on a GPU"));
+        return Err(problem.help("leave out --tp and --pp, or use --device cpu").into());
+    }
+    let why = format!("{n} ranks, and only one can run on a GPU; without --tp and --pp it is taken");
+    Ok((DeviceRequest { kind: DeviceKind::Cpu, cast: None, ..request }, Some(why)))
 }
 
 fn gpu_problem(error: KernelError) -> Problem {
@@ -111,4 +122,22 @@ fn gpu_problem(error: KernelError) -> Problem {
     };
     let help = help.unwrap_or_else(|| "use --device cpu".to_owned());
     Problem::failed("the GPU cannot be used").because(error).help(help)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_that_leave_a_gpu_alone_say_why() {
+        let gpu = DeviceRequest { kind: DeviceKind::Cuda, cast: Some(DType::BF16), ..DeviceRequest::CPU };
+        assert_eq!(for_n_ranks(gpu, 1).unwrap(), (gpu, None));
+        assert_eq!(for_n_ranks(DeviceRequest::CPU, 4).unwrap(), (DeviceRequest::CPU, None));
+        let (request, why) = for_n_ranks(gpu, 2).unwrap();
+        assert_eq!(request, DeviceRequest::CPU);
+        assert!(why.is_some_and(|why| why.starts_with("2 ranks, and only one can run on a GPU")));
+        let refusal = for_n_ranks(DeviceRequest { is_named: true, ..gpu }, 2).unwrap_err();
+        assert_eq!(crate::problem::exit_of(&refusal), crate::problem::Exit::Usage);
+        assert!(crate::problem::help_of(&refusal).is_some_and(|help| help.contains("--device cpu")));
+    }
 }

@@ -125,7 +125,9 @@ impl CudaError {
             Self::NoGpu => {
                 Some("look with nvidia-smi; in a container, pass the GPU on (--gpus all); see CUDA_VISIBLE_DEVICES".to_owned())
             }
-            Self::NoSuchGpu { .. } => Some("choose another: --device cuda:0".to_owned()),
+            Self::NoSuchGpu { n: 0, .. } => Self::NoGpu.help(),
+            Self::NoSuchGpu { n: 1, .. } => Some("there is one: --device cuda:0".to_owned()),
+            Self::NoSuchGpu { n, .. } => Some(format!("choose another: --device cuda:0 to cuda:{}", n - 1)),
             Self::Capability { .. } => Some("use --device cpu, or an Ampere GPU or later".to_owned()),
             Self::OutOfMemory { .. } => {
                 Some("take less at once (--max-seqs, --max-seq-len, --max-batch-tokens), or end other programs on the GPU (nvidia-smi)".to_owned())
@@ -223,6 +225,13 @@ mod tests {
         let expected = "cuEventSynchronize failed for an event; launched before it: a graph of 9 launches \
                         (norm, linear): CUDA_ERROR (no reason)";
         assert_eq!(told, expected);
+    }
+
+    #[test]
+    fn no_gpu_is_proposed_that_is_not_there() {
+        let help = |n| CudaError::NoSuchGpu { ordinal: 7, n }.help().unwrap();
+        assert!(help(0).contains("nvidia-smi") && !help(0).contains("cuda:"), "{}", help(0));
+        assert!(help(1).ends_with("--device cuda:0") && help(4).ends_with("cuda:0 to cuda:3"));
     }
 
     #[test]
