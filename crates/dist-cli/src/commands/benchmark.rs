@@ -117,6 +117,10 @@ fn limits(request: &BenchmarkRequest, n_ctx: usize) -> anyhow::Result<Limits> {
             format!("prompt and new tokens are {max_seq_len} together, the model knows {n_ctx} positions");
         return Err(Problem::failed(what).help("lower --prompt-len or --new-tokens").into());
     }
-    let max_batch_tokens = request.max_batch_tokens.max(max_seqs);
-    Ok(Limits { max_seq_len, max_seqs, max_batch_tokens, max_sample_rows: max_seqs })
+    Ok(Limits {
+        max_seq_len,
+        max_seqs,
+        max_batch_tokens: request.max_batch_tokens,
+        max_sample_rows: max_seqs,
+    })
 }

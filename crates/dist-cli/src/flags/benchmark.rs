@@ -5,6 +5,7 @@ use clap::Args;
 use super::{DeviceArgs, DeviceRequest, MeshArgs, MeshRequest, ModelArgs, numbers};
 use crate::bench::Cell;
 use crate::model::ModelChoice;
+use crate::problem::Problem;
 use crate::session;
 
 const AFTER_HELP: &str = "\
@@ -50,7 +51,7 @@ pub struct BenchmarkArgs {
     /// Sequences that run at the same time, where the others wait; by default all
     #[arg(long, visible_alias = "max-num-seqs", value_name = "N", value_parser = numbers::count)]
     pub max_seqs: Option<usize>,
-    /// Tokens of one step; by default 512 on a CPU, 8192 on a GPU
+    /// Tokens of one step, at least one for every sequence that runs; by default 512 on a CPU, 8192 on a GPU, or more
     #[arg(long, visible_alias = "max-num-batched-tokens", value_name = "N", value_parser = numbers::count)]
     pub max_batch_tokens: Option<usize>,
     /// Where to run.
@@ -100,7 +101,18 @@ impl BenchmarkArgs {
                 }));
             }
         }
+        let running = cells.iter().map(|cell| cell.batch).max().unwrap_or(1);
+        let running = self.max_seqs.map_or(running, |most| most.min(running));
+        if let Some(tokens) = self.max_batch_tokens.filter(|&tokens| tokens < running) {
+            let what = format!(
+                "--max-batch-tokens {tokens} is less than the {running} sequences that run at the same time: a step \
+                 has a token of each"
+            );
+            let help = format!("raise it to {running}, or let sequences wait: --max-seqs {tokens}");
+            return Err(Problem::usage(what).help(help).into());
+        }
         let device = self.device.to_request()?;
+        let of_device = || session::batch_tokens(device.kind).max(running);
         Ok(BenchmarkRequest {
             model: self.model.to_choice()?,
             device,
@@ -109,8 +121,42 @@ impl BenchmarkArgs {
             warmups: self.warmups,
             repeats: self.repeats,
             max_seqs: self.max_seqs,
-            max_batch_tokens: self.max_batch_tokens.unwrap_or_else(|| session::batch_tokens(device.kind)),
+            max_batch_tokens: self.max_batch_tokens.unwrap_or_else(of_device),
             json: self.json,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Typed {
+        #[command(flatten)]
+        args: BenchmarkArgs,
+    }
+
+    fn request(flags: &str) -> anyhow::Result<BenchmarkRequest> {
+        let typed = ["benchmark", "--device", "cpu"].into_iter().chain(flags.split(' '));
+        Typed::try_parse_from(typed).expect("sound flags").args.into_request()
+    }
+
+    #[test]
+    fn a_step_that_is_too_small_for_its_sequences_is_refused() {
+        let tokens =
+            |flags| request(flags).map(|request| request.max_batch_tokens).map_err(|e| e.to_string());
+        assert_eq!(tokens("--batch 1,8 --max-batch-tokens 8"), Ok(8));
+        assert_eq!(tokens("--batch 1,8 --max-seqs 4 --max-batch-tokens 4"), Ok(4));
+        assert_eq!((tokens("--batch 8"), tokens("--batch 600")), (Ok(512), Ok(600)));
+        let refusal = request("--batch 1,8 --max-batch-tokens 4").expect_err("too small");
+        assert!(
+            refusal.to_string().contains("--max-batch-tokens 4 is less than the 8 sequences"),
+            "{refusal}"
+        );
+        let help = crate::problem::help_of(&refusal).expect("a way on");
+        assert_eq!(help, "raise it to 8, or let sequences wait: --max-seqs 4");
     }
 }
