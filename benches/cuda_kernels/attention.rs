@@ -188,7 +188,7 @@ pub(crate) fn run(gpu: &mut Gpu, takes: &dyn Fn(&str) -> bool, report: &mut Repo
     }
     for (case, most) in decodes().into_iter().filter(|(case, _)| takes(&case.name())) {
         let seconds = time(gpu, case)?;
-        let rate = (case.n_bytes() >= DECODE_RATE.0).then_some(Bar::Rate(DECODE_RATE.1));
+        let rate = (case.n_bytes() >= DECODE_RATE.0).then_some(Bar::Read(DECODE_RATE.1));
         report.push(line(case, seconds, most.map(Bar::Seconds).into_iter().chain(rate).collect()));
     }
     Ok(())

@@ -63,7 +63,7 @@ impl Shape {
             return vec![Bar::Library(LIBRARY_SHARES.1)];
         }
         let rate = RATES.iter().find(|(least, _)| self.n_bytes() >= *least);
-        rate.map(|&(_, rate)| Bar::Rate(rate)).into_iter().chain([Bar::Library(LIBRARY_SHARES.0)]).collect()
+        rate.map(|&(_, rate)| Bar::Read(rate)).into_iter().chain([Bar::Library(LIBRARY_SHARES.0)]).collect()
     }
 
     fn work(self, rows: usize) -> Work {

@@ -48,6 +48,8 @@ impl Work {
 pub(crate) enum Bar {
     /// Work a second, at least.
     Rate(f64),
+    /// Bytes read a second, at least, on the GPU that bars were set for; the same share of reading on one that reads more.
+    Read(f64),
     /// Seconds, at most.
     Seconds(f64),
     /// Share of the library's speed, at least.
@@ -71,11 +73,22 @@ pub(crate) struct Line {
     pub(crate) bars: Vec<Bar>,
 }
 
+/// What the GPU that bars were set for reads a second: an H100 with 80 GB.
+const READ_OF_BARS: f64 = 3.13e12;
+
+/// What is asked of a GPU that reads `ceilings.read` where `least` is asked of that one.
+fn read_asked(least: f64, ceilings: &Ceilings) -> f64 {
+    least * (ceilings.read / READ_OF_BARS).max(1.0)
+}
+
 impl Line {
     /// Whether a bar is met; `None`: what it compares with was not run.
     fn meets(&self, bar: Bar, ceilings: &Ceilings) -> Option<bool> {
         match bar {
             Bar::Rate(least) => self.work.rate(self.seconds, ceilings).map(|(rate, _)| rate >= least),
+            Bar::Read(least) => {
+                self.work.rate(self.seconds, ceilings).map(|(rate, _)| rate >= read_asked(least, ceilings))
+            }
             Bar::Seconds(most) => Some(self.seconds <= most),
             Bar::Library(share) => {
                 let (_, library) = self.beside.iter().find(|(name, _)| *name == LIBRARY)?;
@@ -85,8 +98,9 @@ impl Line {
         }
     }
 
-    fn told(&self, bar: Bar) -> String {
+    fn told(&self, bar: Bar, ceilings: &Ceilings) -> String {
         match bar {
+            Bar::Read(least) => format!("at least {:.3} TB/s", read_asked(least, ceilings) / 1e12),
             Bar::Rate(least) => {
                 let (unit, scale, _) = self.work.unit();
                 format!("at least {:.3} {unit}", least / scale)
@@ -119,7 +133,7 @@ impl Line {
                 Some(false) => "NOT MET",
                 None => "not met: not run",
             };
-            let _ = write!(row, "  [{}: {met}]", self.told(bar));
+            let _ = write!(row, "  [{}: {met}]", self.told(bar, ceilings));
         }
         row
     }
@@ -140,7 +154,7 @@ impl Line {
         let bars: Vec<Value> = self
             .bars
             .iter()
-            .map(|&bar| json!({ "bar": self.told(bar), "met": self.meets(bar, ceilings) }))
+            .map(|&bar| json!({ "bar": self.told(bar, ceilings), "met": self.meets(bar, ceilings) }))
             .collect();
         json!({
             "name": self.name,
