@@ -64,6 +64,7 @@ pub const UNITS: &[Unit] = &[
         files: &[LINEAR_PARTS, source_file!("linear.cu")],
         variants: &[
             variant("LINEAR", "linear_m1n1", &[1, 1, 1, 2, 8]),
+            variant("LINEAR", "linear_m1n1s4", &[1, 1, 1, 2, 4]),
             variant("LINEAR", "linear_m2n1u2", &[2, 1, 1, 2, 5]),
             variant("LINEAR", "linear_m3n1u2", &[3, 1, 1, 2, 3]),
             variant("LINEAR", "linear_m4n1s5", &[4, 1, 2, 2, 5]),

@@ -70,6 +70,8 @@ fn variant(rows: usize, outputs: usize, (n, k): (usize, usize), chip: Chip) -> C
         (variants.iter().find(|variant| outputs <= variant.0).map_or(last, |variant| variant.1), 1, false)
     };
     match rows {
+        // All of a block's weight is on its way before the wait, and two blocks are on a multiprocessor.
+        0..=8 if outputs <= 16 && k <= 2048 => ("linear_m1n1s4", 1, false),
         0..=8 if outputs.is_multiple_of(32) => first(&EIGHT_ROWS, "linear_m2n1u2"),
         0..=8 => first(&EIGHT_ROWS, "linear_m4n1s5"),
         9..=16 if !chip.is_hopper || (outputs <= 32 && k <= n) => first(&SIXTEEN_ROWS, "linear_m2n2u2"),
