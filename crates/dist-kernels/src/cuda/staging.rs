@@ -4,7 +4,7 @@
 //! A reader has buffers, a stream and events for itself, so that nobody hands it anything but the places to read: it
 //! fills a buffer, asks for its copy and takes the next one. All buffers together are small enough to stay in the
 //! processor's last cache, so that a byte crosses the host's memory once, when it is read. Readers stay from the first
-//! weight to the last; see [`queue`] for why.
+//! weight to the last; `queue.rs` says why.
 
 mod queue;
 
