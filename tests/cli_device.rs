@@ -52,3 +52,21 @@ fn the_cpu_runs_without_graphs_as_well() {
         assert_eq!(cli::ids(&object, "ids").len(), 2);
     }
 }
+
+#[test]
+fn a_plan_for_gpus_counts_their_launches() {
+    let plan = |device: &str| -> Value {
+        let flags =
+            ["--device-kind", device, "--device-memory", "80", "--bandwidth", "3115", "--tflops", "816"];
+        let args = [&["plan", "--model", "gpt3-1.3b", "--json"], &flags[..]].concat();
+        serde_json::from_str(&cli::run(&args).well()).expect("one JSON object")
+    };
+    let tpot_ms =
+        |plan: &Value| plan["best"]["plan"]["predictions"]["tpot_s"].as_f64().expect("seconds") * 1e3;
+    let (cpu, gpu) = (plan("cpu"), plan("cuda"));
+    // 175 launches of 1.65 us; keys and values have half the bytes.
+    assert!((1.13..1.16).contains(&tpot_ms(&gpu)), "{}", tpot_ms(&gpu));
+    assert!((0.84..0.88).contains(&tpot_ms(&cpu)), "{}", tpot_ms(&cpu));
+    assert_eq!(gpu["best"]["plan"]["act_dtype"], "bf16");
+    assert_eq!(cpu["best"]["plan"]["act_dtype"], "f32");
+}

@@ -8,7 +8,8 @@ mod fixtures;
 use std::ops::ControlFlow;
 
 use dist_comm::{Comm, Solo};
-use dist_core::{Mesh, Rank};
+use dist_core::cost::StepShape;
+use dist_core::{CostModel, Mesh, Rank};
 use dist_kernels::trace::TraceBackend;
 use dist_models::decoder::{LoadError, OnProgress};
 use dist_models::engine::{EngineError, start_rank};
@@ -103,6 +104,17 @@ fn banded_layers_alternate_and_have_no_qkv_bias() {
     let attention: Vec<_> = steps.iter().filter(|step| step.starts_with("attention")).collect();
     assert_eq!(attention, ["attention", "attention+window", "attention", "attention+window"]);
     assert_eq!(steps.iter().filter(|step| *step == "linear+append_kv").count(), 4);
+}
+
+/// What the cost model counts: each step a launch, the step's arrays one, and its draws one on their way back.
+#[test]
+fn the_cost_model_counts_the_launches_of_a_step() {
+    for name in fixtures::NAMES {
+        let (checkpoint, _) = fixture(name);
+        let plan = plan(checkpoint.config(), Mesh::SOLO, wide(checkpoint.config()), 8);
+        let work = CostModel::of(&plan).step(StepShape::decode(2, 17));
+        assert_eq!(work[0].launches, steps_of(name).len() + 2, "{name}");
+    }
 }
 
 #[test]

@@ -169,6 +169,7 @@ impl Setting<'_> {
             memory_bytes: memory(facts),
             read_bytes_per_s: self.rates.read_bytes_per_s,
             flops_per_s: self.rates.flops_per_s,
+            overhead: None,
         };
         let devices = self.ranks.iter().map(device).collect();
         let topology = Topology { devices, same_host: LINK, other_host: LINK, pairs: Vec::new() };

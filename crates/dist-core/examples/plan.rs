@@ -17,6 +17,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         memory_bytes: 80_000_000_000,
         read_bytes_per_s: 3.13e12,
         flops_per_s: 700e12,
+        overhead: None,
     };
     let nvlink = Link { latency_s: 2.3e-6, bytes_per_s: 450e9 };
     let topology = Topology::uniform(&h100, 2, nvlink);

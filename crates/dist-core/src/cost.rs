@@ -2,8 +2,9 @@
 //! take on given devices.
 //!
 //! The formulas are the usual roofline ones: a phase takes the longer of (bytes over read rate) and (operations over
-//! compute rate), then its exchanges. Activations and launches are left out, so that a prediction is a floor; how far a
-//! measurement stays above it is the measurement's business to say.
+//! compute rate), then what its kernels take beside that ([`Overhead`](crate::topology::Overhead)), then its exchanges. On
+//! a CPU there is no such overhead and activations are left out, so that a prediction is a floor; how far a measurement
+//! stays above it is the measurement's business to say.
 
 use crate::shape::div_ceil;
 use crate::topology::{Link, Topology};
@@ -59,6 +60,8 @@ pub struct StageWork {
     pub head: Work,
     /// Norms and biases.
     pub norms: Work,
+    /// Kernels, where a device has such: each of its ranks launches as many.
+    pub launches: usize,
     /// Between ranks.
     pub exchanges: Vec<Exchange>,
 }
@@ -175,7 +178,18 @@ impl<'a> CostModel<'a> {
             flops: product(parts.head, n_logits),
         };
         let exchanges = self.exchanges(stage, n_layers, rows, n_logits);
-        StageWork { weights, kv, head, norms, exchanges }
+        let launches = self.launches(stage, n_layers as usize, n_logits > 0);
+        StageWork { weights, kv, head, norms, launches, exchanges }
+    }
+
+    /// A layer is queries, keys and values, attention, a projection, a norm, two products, a norm. Before the layers go the
+    /// step's arrays, the embedding and a norm, after them the rows that draw, logits, the draw and its way back; narrow
+    /// embeddings are projected on both ends, and positions added after.
+    fn launches(&self, stage: usize, n_layers: usize, draws: bool) -> usize {
+        let is_narrow = usize::from(self.model.d_embed != self.model.d_model);
+        let first = if stage == 0 { 2 + 2 * is_narrow } else { 0 };
+        let last = if draws { 4 + is_narrow } else { 0 };
+        1 + first + 7 * n_layers + last
     }
 
     /// Two sums a layer, one of the embedding; the logits' parts; the residual stream to the next stage.
@@ -210,7 +224,11 @@ impl<'a> CostModel<'a> {
                 (0..self.mesh.tp).map(|tp| self.mesh.rank(Coord { tp, pp: stage, dp }).0).collect();
             let compute = ranks.iter().map(|&rank| {
                 let (device, total) = (&topology.devices[rank], work.total());
-                (total.bytes as f64 / device.read_bytes_per_s).max(total.flops as f64 / device.flops_per_s)
+                let overhead = device.overhead();
+                let flops_per_s = device.flops_per_s * overhead.product_share;
+                let limit =
+                    (total.bytes as f64 / device.read_bytes_per_s).max(total.flops as f64 / flops_per_s);
+                limit + overhead.seconds(work.launches, shape.n_seqs * shape.rows)
             });
             let exchanges = work.exchanges.iter().map(|exchange| {
                 let link = match exchange.kind {

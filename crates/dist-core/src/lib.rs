@@ -18,6 +18,7 @@
 //!     memory_bytes: 24_000_000_000,
 //!     read_bytes_per_s: 1.0e12,
 //!     flops_per_s: 150e12,
+//!     overhead: None,
 //! };
 //! let topology = Topology::uniform(&gpu, 2, Link { latency_s: 5e-6, bytes_per_s: 50e9 });
 //! let workload = Workload { n_seqs: 1, prompt_len: 128, new_tokens: 128 };
@@ -67,4 +68,4 @@ pub use kv_layout::KvLayout;
 pub use mesh::{Coord, Mesh, Rank};
 pub use plan::{Plan, PlanHash};
 pub use spec::{Owner, Part, Placement, TensorSlice, TensorSpec};
-pub use topology::{Device, DeviceKind, Link, Topology};
+pub use topology::{Device, DeviceKind, Link, Overhead, Topology};

@@ -28,6 +28,50 @@ pub struct Device {
     pub read_bytes_per_s: f64,
     /// Rate of matrix products in the type of the activations.
     pub flops_per_s: f64,
+    /// What a step costs beside its bytes and operations; `None` is what devices of its kind were measured to take.
+    #[serde(default)]
+    pub overhead: Option<Overhead>,
+}
+
+impl Device {
+    /// What a step costs beside its bytes and operations.
+    #[must_use]
+    pub fn overhead(&self) -> Overhead {
+        self.overhead.unwrap_or(match self.kind {
+            DeviceKind::Cpu => Overhead::NONE,
+            DeviceKind::Cuda => Overhead::H100,
+        })
+    }
+}
+
+/// What a device takes beside reading and multiplying at its rates: each step is a sequence of kernels, and between two
+/// of them it does neither.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Overhead {
+    /// From the end of a kernel's work to the beginning of the next one's.
+    pub launch_s: f64,
+    /// What each row of a step adds to that: kernels of few rows have less and less of their bytes to hide behind.
+    pub row_s: f64,
+    /// Rows after which they add no more: from there on kernels are at one of the device's rates.
+    pub rows_max: usize,
+    /// Share of the rate of matrix products that layers sustain.
+    pub product_share: f64,
+}
+
+impl Overhead {
+    /// A step is its bytes and operations.
+    pub const NONE: Self = Self { launch_s: 0.0, row_s: 0.0, rows_max: 0, product_share: 1.0 };
+
+    /// Fitted to an H100: decode steps of 1 to 64 sequences of gpt3-1.3b, 6.7b and 13b, and their prompts of 128 and 1024
+    /// tokens (`benches/results/gpu-*.json`, which `tests/measured.rs` holds it against). A prompt's step is no graph; its
+    /// kernels, launched one by one, fit the same line at its end, 8 us apiece.
+    pub const H100: Self = Self { launch_s: 1.6e-6, row_s: 0.05e-6, rows_max: 128, product_share: 0.89 };
+
+    /// Seconds of a step of `launches` kernels over `rows` rows.
+    #[must_use]
+    pub fn seconds(self, launches: usize, rows: usize) -> f64 {
+        launches as f64 * (self.launch_s + self.row_s * rows.min(self.rows_max) as f64)
+    }
 }
 
 /// A way between two devices, the same in both directions.
@@ -118,6 +162,7 @@ impl Topology {
             [
                 (format!("read_bytes_per_s of {name}"), device.read_bytes_per_s),
                 (format!("flops_per_s of {name}"), device.flops_per_s),
+                (format!("product_share of {name}"), device.overhead().product_share),
             ]
         });
         let rates =
@@ -126,9 +171,13 @@ impl Topology {
         if let Some((what, rate)) = rates.into_iter().find(|(_, rate)| !(rate.is_finite() && *rate > 0.0)) {
             return Err(wrong(what, rate));
         }
-        let mut latencies = links.map(|link| link.latency_s);
-        match latencies.find(|latency| !(latency.is_finite() && *latency >= 0.0)) {
-            Some(latency) => Err(wrong("latency_s of a link".to_owned(), latency)),
+        let latencies = links.map(|link| ("latency_s of a link".to_owned(), link.latency_s));
+        let overheads = self.devices.iter().flat_map(|device| {
+            let (name, Overhead { launch_s, row_s, .. }) = (&device.name, device.overhead());
+            [(format!("launch_s of {name}"), launch_s), (format!("row_s of {name}"), row_s)]
+        });
+        match latencies.chain(overheads).find(|(_, seconds)| !(seconds.is_finite() && *seconds >= 0.0)) {
+            Some((what, seconds)) => Err(wrong(what, seconds)),
             None => Ok(()),
         }
     }
@@ -156,6 +205,7 @@ mod tests {
             memory_bytes: 1,
             read_bytes_per_s: 1.0,
             flops_per_s: 1.0,
+            overhead: None,
         }
     }
 
@@ -172,6 +222,32 @@ mod tests {
         assert_eq!(latencies.map(f64::to_bits), [1.0_f64, 2.0, 3.0].map(f64::to_bits));
         assert_eq!(topology.worst_link(&[0, 1, 2]), Some(link(3.0)));
         assert_eq!(topology.worst_link(&[1]), None);
+    }
+
+    #[test]
+    fn a_device_of_an_older_file_has_the_overhead_of_its_kind() {
+        let json = |kind: &str| {
+            format!(
+                r#"{{"kind":"{kind}","name":"x","host":0,"memory_bytes":1,"read_bytes_per_s":1.0,"flops_per_s":1.0}}"#
+            )
+        };
+        let overhead = |kind| serde_json::from_str::<Device>(&json(kind)).unwrap().overhead();
+        assert_eq!((overhead("cpu"), overhead("cuda")), (Overhead::NONE, Overhead::H100));
+        assert!(Overhead::NONE.seconds(1000, 1000) == 0.0);
+    }
+
+    #[test]
+    fn an_overhead_without_meaning_is_refused() {
+        let link = Link { latency_s: 0.0, bytes_per_s: 1.0 };
+        for (overhead, told) in [
+            (Overhead { launch_s: -1.0, ..Overhead::NONE }, "launch_s of cores: -1"),
+            (Overhead { row_s: f64::NAN, ..Overhead::NONE }, "row_s of cores: NaN"),
+            (Overhead { product_share: 0.0, ..Overhead::NONE }, "product_share of cores: 0"),
+        ] {
+            let device = Device { overhead: Some(overhead), ..device(0) };
+            let error = Topology::uniform(&device, 1, link).check().expect_err("no meaning");
+            assert!(error.to_string().contains(told), "{error}");
+        }
     }
 
     #[test]

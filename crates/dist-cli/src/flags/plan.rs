@@ -1,6 +1,6 @@
 //! Flags of `plan`, and the request that they make.
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use dist_core::plan::Limits;
 use dist_core::planner::{PlanOptions, Workload};
 use dist_core::{DType, Device, DeviceKind, Link, Mesh, ModelConfig, Topology};
@@ -14,13 +14,14 @@ use crate::session;
 const AFTER_HELP: &str = "\
 Nothing is loaded and no device is touched: the plan is a calculation. Without
 --device-memory the devices have this machine's memory; rates that are not
-given are those of a common server.
+given are those of a common server, or of an H100 with --device-kind cuda. A GPU
+computes in 16 bits, and takes some time for every kernel beside its rates.
 
 Exit codes: 0 a split was found, 1 there is none, 2 a flag is wrong.
 
 Examples:
   dist-cli plan --model gpt3-13b --devices 2 --device-memory 24
-  dist-cli plan --model gpt3-175b --devices 8 --device-memory 80 --bandwidth 3130 --tflops 700 --json
+  dist-cli plan --model gpt3-175b --device-kind cuda --devices 8 --device-memory 80 --json
   dist-cli plan --model ~/models/gpt2 --prompt-len 512 --batch 8
   dist-cli plan --model gpt3-1.3b --tp 2 --stages 10,14 --json > plan.json";
 
@@ -31,18 +32,21 @@ pub struct PlanArgs {
     /// Which model.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// What they are: `cpu` or `cuda`
+    #[arg(long, value_name = "KIND", value_enum, default_value_t = PlannedKind::Cpu, help_heading = "Devices")]
+    pub device_kind: PlannedKind,
     /// Devices alike; by default as many as --tp times --pp
     #[arg(long, value_name = "N", value_parser = numbers::count, help_heading = "Devices")]
     pub devices: Option<usize>,
     /// Memory of each, in GB
     #[arg(long, value_name = "GB", value_parser = numbers::rate, help_heading = "Devices")]
     pub device_memory: Option<f64>,
-    /// Rate at which each reads its memory, in GB/s
-    #[arg(long, value_name = "GB/S", value_parser = numbers::rate, default_value = "30", help_heading = "Devices")]
-    pub bandwidth: f64,
-    /// Rate at which each multiplies, in TFLOP/s
-    #[arg(long, value_name = "TFLOP/S", value_parser = numbers::rate, default_value = "0.15", help_heading = "Devices")]
-    pub tflops: f64,
+    /// Rate at which each reads its memory, in GB/s; by default 30 for a CPU, 3120 for a GPU
+    #[arg(long, value_name = "GB/S", value_parser = numbers::rate, help_heading = "Devices")]
+    pub bandwidth: Option<f64>,
+    /// Rate at which each multiplies, in TFLOP/s; by default 0.15 for a CPU, 815 for a GPU
+    #[arg(long, value_name = "TFLOP/S", value_parser = numbers::rate, help_heading = "Devices")]
+    pub tflops: Option<f64>,
     /// Rate between two of them, in GB/s
     #[arg(long, value_name = "GB/S", value_parser = numbers::rate, default_value = "10", help_heading = "Devices")]
     pub link_bandwidth: f64,
@@ -67,6 +71,15 @@ pub struct PlanArgs {
     /// Writes one JSON object
     #[arg(long, help_heading = "Output")]
     pub json: bool,
+}
+
+/// Kinds of devices, as flags name them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PlannedKind {
+    /// Cores of a machine
+    Cpu,
+    /// NVIDIA GPUs
+    Cuda,
 }
 
 /// What `plan` shall do.
@@ -99,29 +112,35 @@ impl PlanArgs {
                 Problem::usage("this machine's memory is not known").help("give --device-memory")
             })?,
         };
+        let (kind, dtype, gb_per_s, tflops) = match self.device_kind {
+            PlannedKind::Cpu => (DeviceKind::Cpu, DType::F32, 30.0, 0.15),
+            // What an H100 was measured to do (`benches/results/gpu-*.json`); weights in f32 become bf16 there.
+            PlannedKind::Cuda => {
+                let stored = model.weight_dtype;
+                (DeviceKind::Cuda, if stored == DType::F32 { DType::BF16 } else { stored }, 3120.0, 815.0)
+            }
+        };
         let device = Device {
-            kind: DeviceKind::Cpu,
+            kind,
             name: "device".to_owned(),
             host: 0,
             memory_bytes,
-            read_bytes_per_s: self.bandwidth * 1e9,
-            flops_per_s: self.tflops * 1e12,
+            read_bytes_per_s: self.bandwidth.unwrap_or(gb_per_s) * 1e9,
+            flops_per_s: self.tflops.unwrap_or(tflops) * 1e12,
+            overhead: None,
         };
         let link = Link { latency_s: self.link_latency * 1e-6, bytes_per_s: self.link_bandwidth * 1e9 };
         let max_seqs = self.limits.max_seqs.unwrap_or(self.batch);
         let limits = Limits {
             max_seq_len: session::max_seq_len(&self.limits, &model)?,
             max_seqs,
-            max_batch_tokens: self
-                .limits
-                .max_batch_tokens
-                .unwrap_or_else(|| session::batch_tokens(DeviceKind::Cpu)),
+            max_batch_tokens: self.limits.max_batch_tokens.unwrap_or_else(|| session::batch_tokens(kind)),
             max_sample_rows: max_seqs,
         };
         let options = PlanOptions {
-            act_dtype: DType::F32,
-            wire_dtype: DType::F32,
-            kv_dtype: DType::F32,
+            act_dtype: dtype,
+            wire_dtype: dtype,
+            kv_dtype: dtype,
             block_size: session::BLOCK_SIZE,
             limits,
             memory_percent: session::MEMORY_PERCENT,

@@ -76,7 +76,7 @@ pub fn plan_text(report: &PlanReport) -> String {
         let _ = writeln!(out, "{}: {}, layers a stage {:?}", plan.model.name, plan.mesh, plan.stages);
         let _ = writeln!(
             out,
-            "  foretold: TTFT {:.2} ms, TPOT {:.2} ms, {:.1} tok/s (limits of the devices alone)",
+            "  foretold: TTFT {:.2} ms, TPOT {:.2} ms, {:.1} tok/s (what the devices' rates allow)",
             p.ttft_s * 1e3,
             p.tpot_s * 1e3,
             p.tokens_per_s

@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::presets::preset;
-use crate::topology::{Device, DeviceKind};
+use crate::topology::{Device, DeviceKind, Overhead};
 
 fn model(name: &str) -> ModelConfig {
     preset(name, None).expect("listed")
@@ -17,7 +17,10 @@ fn cost<'a>(model: &'a ModelConfig, tp: usize, stages: &'a [usize]) -> CostModel
 
 fn gpus(n: usize, read_bytes_per_s: f64, flops_per_s: f64, latency_s: f64) -> Topology {
     let (kind, name) = (DeviceKind::Cuda, "gpu".to_owned());
-    let device = Device { kind, name, host: 0, memory_bytes: 1 << 40, read_bytes_per_s, flops_per_s };
+    // The tables are limits: bytes and operations alone.
+    let overhead = Some(Overhead::NONE);
+    let device =
+        Device { kind, name, host: 0, memory_bytes: 1 << 40, read_bytes_per_s, flops_per_s, overhead };
     Topology::uniform(&device, n, Link { latency_s, bytes_per_s: 450e9 })
 }
 
@@ -126,4 +129,34 @@ fn a_large_sum_is_shared_out() {
     // 8 bytes between 4: one exchange of 24 bytes. 8 MB: two of 6 MB instead of one of 24.
     assert_near(seconds(8, 4), 1e-6 + 24e-9, 1e-9, "small");
     assert_near(seconds(8_000_000, 4), 2e-6 + 12e-3, 1e-9, "large");
+}
+
+#[test]
+fn launches_of_stages_are_those_of_the_whole_and_one_more_for_arrays() {
+    let model = model("gpt3-1.3b");
+    let launches = |stages: &[usize]| {
+        let steps = cost(&model, 1, stages).step(StepShape::decode(3, 100));
+        steps.iter().map(|stage| stage.launches).collect::<Vec<_>>()
+    };
+    assert_eq!(launches(&[24]), [1 + 2 + 7 * 24 + 4]);
+    assert_eq!(launches(&[10, 14]), [1 + 2 + 7 * 10, 1 + 7 * 14 + 4]);
+}
+
+#[test]
+fn a_launch_costs_a_gpu_and_no_cpu() {
+    let model = model("gpt3-1.3b");
+    let cost = cost(&model, 1, std::slice::from_ref(&model.n_layers));
+    let seconds = |kind, overhead, shape| {
+        let mut topology = gpus(1, 3.0e12, 800e12, 0.0);
+        (topology.devices[0].kind, topology.devices[0].overhead) = (kind, overhead);
+        cost.stage_seconds(&topology, 0, shape)[0]
+    };
+    for shape in [StepShape::decode(1, 128), StepShape::decode(64, 128), StepShape::prefill(1, 1024)] {
+        let limit = seconds(DeviceKind::Cuda, Some(Overhead::NONE), shape);
+        assert_eq!(seconds(DeviceKind::Cpu, None, shape).to_bits(), limit.to_bits());
+        assert!(seconds(DeviceKind::Cuda, None, shape) > limit + 175.0 * 1.6e-6);
+    }
+    let of_rows = |n| Overhead::H100.seconds(100, n);
+    assert_near(of_rows(64), 100.0 * (1.6e-6 + 64.0 * 0.05e-6), 1e-9, "64 rows");
+    assert_eq!(of_rows(128).to_bits(), of_rows(4096).to_bits());
 }

@@ -14,6 +14,7 @@ fn gpu(name: &str, memory_gb: u64, tb_per_s: f64) -> Device {
         memory_bytes: memory_gb * 1_000_000_000,
         read_bytes_per_s: tb_per_s * 1e12,
         flops_per_s: 780e12,
+        overhead: None,
     }
 }
 
