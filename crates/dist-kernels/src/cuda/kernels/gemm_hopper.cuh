@@ -6,21 +6,22 @@ struct GemmArgs {
     int group, spread;
 };
 
-// The copy engine stores PART outputs of a warp's 16 rows at once; a warp finishes UNIT outputs at a time, so that those
-// and all sums fit in the registers.
+// The copy engine stores PART outputs of a warp's 16 rows at once, from one of a warp's BOXES. Where it cannot store, a warp
+// stores UNIT outputs at a time.
 template <int BM_, int BN_>
 struct GemmShape {
     static constexpr int BM = BM_, BN = BN_, MI = BM / 128;  // products of 64 rows of a group of warps
-    static constexpr int PART = BN % 64 == 0 ? 64 : 32;
-    static constexpr int UNIT = 32, UNITS = BN / UNIT, UNITS_OF_PART = PART / UNIT;
+    static constexpr int PART = BN % 64 == 0 ? 64 : 32, BOX = PART * 32;
+    static constexpr int UNIT = 32, UNITS = BN / UNIT;
     static constexpr int STAGE = (BM + BN) * 128, A_BYTES = BM * 128;
-    static constexpr int STAGING = 64 * PART;  // of a warp: two parts in 16 bits, or a unit in f32
-    static constexpr int FIT = (232448 - 8 * STAGING - 256) / STAGE;
+    static constexpr int FIT = (232448 - 16 * BOX - 256) / STAGE;
     static constexpr int S = FIT < 8 ? FIT : 8;
-    static constexpr int STAGING_AT = S * STAGE, BARRIERS = STAGING_AT + 8 * STAGING, SHARED = BARRIERS + (2 * S + 1) * 8;
-    static constexpr bool SPLITS = MI == 1 && BN < 256;  // whether blocks may share a tile's k
-    static_assert(BM % 128 == 0 && BN % 32 == 0 && S >= 3, "shape");
-    static_assert(!SPLITS || BM * (BN + 3 * UNIT) * 4 <= S * STAGE, "sums of up to four parts of k");
+    static constexpr int ALL_BOXES = MI * BN / PART, ROOM = (232448 - 256 - S * STAGE) / (8 * BOX);
+    static constexpr int BOXES = ROOM >= ALL_BOXES ? ALL_BOXES : 2;
+    static constexpr int STAGING = BOXES * BOX;  // of a warp, or a unit in f32
+    static constexpr int STAGING_AT = S * STAGE, BARRIERS = STAGING_AT + 8 * STAGING, SHARED = BARRIERS + 2 * S * 8;
+    static_assert(BM % 128 == 0 && BN % 32 == 0 && S >= 3 && SHARED <= 232448, "shape");
+    static_assert(STAGING >= 2048 && STAGING % 1024 == 0 && ALL_BOXES % BOXES == 0, "boxes");
 };
 
 // A tile of 128-byte rows in the 128-byte swizzle, eight rows to 1,024 bytes. The lower half can be moved: by 16 · n bytes
@@ -179,4 +180,32 @@ DEVICE GemmCorner corner_of(const GemmArgs& args, const GemmPlace& place, int ti
     int column = at / rows, m = (first + at - column * rows) * args.rows_of_cluster + place.m;
     int start = args.spread ? (int)__umulhi(column * 0x9E3779B9u, place.stages) : 0;
     return {m * Sh::BM, (column * args.columns_of_cluster + place.n) * Sh::BN, start};
+}
+
+// The two warps that ask: WEIGHT for the weight, which is asked for before the wait for the kernel before, on whose work
+// it does not depend; the other for x.
+template <class Sh, bool WEIGHT>
+DEVICE void gemm_fill(const GemmArgs& args, const GemmPlace& place, const TensorMap* map, u32 ring, u32 full, u32 empty) {
+    int shared_by = WEIGHT ? args.rows_of_cluster : args.columns_of_cluster;
+    int slice = (WEIGHT ? Sh::BN : Sh::BM) / shared_by * (WEIGHT ? place.m : place.n);
+    u16 mask = WEIGHT ? place.weight_mask : place.x_mask;
+    u32 to = ring + (WEIGHT ? Sh::A_BYTES : 0) + slice * 128;
+    if constexpr (!WEIGHT) wait_for_previous();
+    int slot = 0, parity = 1;
+#pragma unroll 1
+    for (int tile = place.cluster; tile < place.tiles; tile += place.step) {
+        GemmCorner corner = corner_of<Sh>(args, place, tile);
+        int row = (WEIGHT ? corner.column : corner.row) + slice;
+        int k = (place.first + corner.start) * 64, k_end = (place.first + place.stages) * 64;
+#pragma unroll 1
+        for (int stage = 0; stage < place.stages; stage++) {
+            slot_wait(empty + slot * 8, parity);
+            if constexpr (WEIGHT) barrier_expect(full + slot * 8, Sh::STAGE);
+            if (shared_by > 1) copy_box_to(to + slot * Sh::STAGE, map, k, row, full + slot * 8, mask);
+            else copy_box(to + slot * Sh::STAGE, map, k, row, full + slot * 8);
+            k += 64;
+            if (k == k_end) k = place.first * 64;
+            if (++slot == Sh::S) slot = 0, parity ^= 1;
+        }
+    }
 }

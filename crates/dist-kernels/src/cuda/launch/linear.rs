@@ -216,7 +216,7 @@ impl CudaBackend {
     fn multiply_tiles_hopper(&mut self, product: &Product) -> Result<()> {
         let linear = product.params;
         let (rows, n, k) = (linear.rows as usize, linear.n as usize, linear.k as usize);
-        let choice = choice::gemm(rows, n, k, self.context.info().n_sms);
+        let choice = choice::gemm(rows, n, k, Chip::of(self.context.info()));
         let ((below, beside), (bm, bn)) = (choice.cluster, choice.tile);
         let symbol = format!("{}_{}", choice.symbol, suffix(product.dtype));
         let kernel = self.kernels.get("gemm_hopper", &symbol)?;

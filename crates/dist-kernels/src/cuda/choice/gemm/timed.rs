@@ -1,0 +1,40 @@
+//! What launches of `gemm_hopper` took: one H200 (driver 580.159, NVRTC 13.0.88), bf16, no epilogue, buffers rotated beyond
+//! L2 in graphs of launches, replayed in turn with cuBLAS's and cuBLASLt's `mm` (torch 2.11), median of 5 to 7.
+
+/// A line for each shape: its name, rows, outputs and inputs, microseconds of the faster library; then, indented, what was
+/// timed: tile, cluster, parts of the inputs, microseconds.
+const TIMED: &str = include_str!("timed.txt");
+
+/// Where the choice is none of what was timed; it is foretold less than the best of those.
+pub(super) const NOT_TIMED: [&str; 2] = ["1.3B proj 256", "13B proj 256"];
+
+pub(super) struct Cell {
+    pub(super) name: &'static str,
+    /// Rows, outputs, inputs.
+    pub(super) shape: (usize, usize, usize),
+    /// Microseconds of the faster library.
+    pub(super) library: f64,
+    /// Tile, cluster and parts of the inputs; microseconds.
+    pub(super) own: Vec<(&'static str, f64)>,
+}
+
+fn number<T: std::str::FromStr>(text: &str) -> T {
+    text.parse().unwrap_or_else(|_| panic!("{text} in timed.txt"))
+}
+
+pub(super) fn cells() -> Vec<Cell> {
+    let mut cells: Vec<Cell> = Vec::new();
+    for line in TIMED.lines() {
+        if line.starts_with(' ') {
+            let timed = line.split(',').map(str::trim).filter(|one| !one.is_empty());
+            let own = timed.map(|one| one.rsplit_once(' ').expect("a time"));
+            let own = own.map(|(name, us)| (name, number(us)));
+            cells.last_mut().expect("a shape before its times").own.extend(own);
+        } else {
+            let [name, shape, library] = line.split(" | ").collect::<Vec<_>>()[..] else { panic!("{line}") };
+            let [rows, n, k] = shape.split(' ').map(number).collect::<Vec<_>>()[..] else { panic!("{line}") };
+            cells.push(Cell { name, shape: (rows, n, k), library: number(library), own: Vec::new() });
+        }
+    }
+    cells
+}
