@@ -16,7 +16,7 @@ use crate::load::{Source, line, open, pass};
 use crate::report::{Report, Work};
 
 const READERS: [usize; 4] = [4, 8, 12, 16];
-const CHUNKS: [usize; 5] = [256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20];
+const CHUNKS: [usize; 4] = [512 << 10, 1 << 20, 2 << 20, 4 << 20];
 const BUFFERS: [usize; 2] = [2, 4];
 /// Memory of the GPU that copies without readers go to, and how often.
 const COPIED_BYTES: usize = 1 << 30;
@@ -83,8 +83,13 @@ fn filling(
     n_bytes: usize,
     fill: impl Fn(usize, &mut [u8]) -> io::Result<()> + Sync,
 ) -> Result<f64, Failure> {
-    let StagingOptions { n_readers, chunk_bytes, n_buffers } = staging;
-    let mut pinned = context.alloc_pinned("buffers", n_readers * n_buffers * chunk_bytes)?;
+    let StagingOptions { n_readers, chunk_bytes, n_buffers, past_caches } = staging;
+    let n_pinned = n_readers * n_buffers * chunk_bytes;
+    let mut pinned = if past_caches {
+        context.alloc_pinned_to_write("buffers", n_pinned)?
+    } else {
+        context.alloc_pinned("buffers", n_pinned)?
+    };
     // Each reader's buffers, and which one is next.
     let own = pinned.bytes_mut().chunks_exact_mut(n_buffers * chunk_bytes);
     let own: Vec<_> = own.map(|buffers| Mutex::new((buffers, 0))).collect();
@@ -186,30 +191,28 @@ pub(crate) fn sweep(
 ) -> Result<(), Failure> {
     let start = Instant::now();
     let context = Context::new(driver, gpu.backend.describe().ordinal)?;
-    let n_buffers = BUFFERS[0];
-    for n_readers in READERS {
-        for chunk_bytes in CHUNKS {
-            let staging = StagingOptions { n_readers, chunk_bytes, n_buffers };
-            push_reading(&context, source, (staging, bus), report)?;
-        }
+    let all = || {
+        let numbers =
+            READERS.into_iter().flat_map(|n_readers| CHUNKS.map(|chunk_bytes| (n_readers, chunk_bytes)));
+        [true, false].into_iter().flat_map(move |past_caches| {
+            numbers.clone().flat_map(move |(n_readers, chunk_bytes)| {
+                BUFFERS.map(|n_buffers| StagingOptions { n_readers, chunk_bytes, n_buffers, past_caches })
+            })
+        })
+    };
+    for staging in all().filter(|staging| staging.n_buffers == BUFFERS[0]) {
+        push_reading(&context, source, (staging, bus), report)?;
     }
-    for n_readers in [1, 2, 4, 16] {
-        for chunk_bytes in CHUNKS {
-            let n_buffers = if n_readers == 1 { 4 } else { n_buffers };
-            push_sending(gpu, driver, (StagingOptions { n_readers, chunk_bytes, n_buffers }, bus), report)?;
-        }
+    for staging in all().filter(|staging| staging.n_buffers == BUFFERS[0] && staging.n_readers == READERS[0])
+    {
+        push_sending(gpu, driver, (staging, bus), report)?;
     }
-    for n_readers in READERS {
-        for n_buffers in BUFFERS {
-            for chunk_bytes in CHUNKS {
-                let staging = StagingOptions { n_readers, chunk_bytes, n_buffers };
-                let mut backend = open(gpu, staging)?;
-                let (first, second) = (pass(&mut backend, source)?, pass(&mut backend, source)?);
-                let seconds = first.whole.min(second.whole);
-                let work = Work::Load { n_bytes: source.n_bytes, bus };
-                report.push(line("sweep", staging, seconds, work));
-            }
-        }
+    for staging in all() {
+        let mut backend = open(gpu, staging)?;
+        let (first, second) = (pass(&mut backend, source)?, pass(&mut backend, source)?);
+        let seconds = first.whole.min(second.whole);
+        let work = Work::Load { n_bytes: source.n_bytes, bus };
+        report.push(line("sweep", staging, seconds, work));
     }
     report.say(format!("load: swept in {:.1} s", start.elapsed().as_secs_f64()));
     Ok(())

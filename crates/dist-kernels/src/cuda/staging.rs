@@ -31,13 +31,20 @@ pub struct StagingOptions {
     pub chunk_bytes: usize,
     /// Buffers of a reader: it fills one while others are on their way.
     pub n_buffers: usize,
+    /// Whether buffers are written past the host's caches.
+    pub past_caches: bool,
 }
 
 impl StagingOptions {
     /// For a machine with so many cores.
     pub fn of_cores(n_cores: usize) -> Self {
         // Few enough bytes for the cache, large enough pieces for the bus.
-        Self { n_readers: n_cores.clamp(1, READERS_MAX), chunk_bytes: 1 << 20, n_buffers: 2 }
+        Self {
+            n_readers: n_cores.clamp(1, READERS_MAX),
+            chunk_bytes: 1 << 20,
+            n_buffers: 2,
+            past_caches: true,
+        }
     }
 }
 
@@ -192,8 +199,13 @@ struct Lane {
 
 impl Lane {
     fn open(context: &Context, options: StagingOptions) -> Result<Self> {
-        let StagingOptions { chunk_bytes, n_buffers, .. } = options;
-        let pinned = context.alloc_pinned("staging of weights", n_buffers * chunk_bytes)?;
+        let StagingOptions { chunk_bytes, n_buffers, past_caches, .. } = options;
+        let (what, n_bytes) = ("staging of weights", n_buffers * chunk_bytes);
+        let pinned = if past_caches {
+            context.alloc_pinned_to_write(what, n_bytes)?
+        } else {
+            context.alloc_pinned(what, n_bytes)?
+        };
         let fetched = (0..n_buffers).map(|_| context.event()).collect::<Result<_>>()?;
         Ok(Self { stream: context.stream()?, fetched, pinned, chunk_bytes, current: 0 })
     }

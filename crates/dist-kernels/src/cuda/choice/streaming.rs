@@ -84,7 +84,7 @@ fn variant(rows: usize, outputs: usize, (n, k): (usize, usize), chip: Chip) -> C
         17..=32 => match outputs {
             0..=32 => ("linear_ring_w1n4u4", 2, true),
             33..=64 => ("linear_ring_w1n4u4", 1, true),
-            _ if fence_is_hidden(outputs, 0.93, chip) => ("linear_w2n4", 1, false),
+            _ if fence_is_hidden(outputs, 0.97, chip) => ("linear_w2n4", 1, false),
             _ => ("linear_ring_w2n4", 1, true),
         },
         _ => match outputs {

@@ -6,7 +6,8 @@
 // without a fence (see linear_hopper.cu).
 //
 // Launch: 288 threads; parameters are LinearArgs and the maps of x and the weight: 16-bit [rows, k] and [n, k], box 64 × 8 · NT
-// and 64 × the outputs of a pass, swizzle 128 B, zeros outside. The ring has as many stages as fit, up to MOST.
+// and 64 × the outputs of a pass, swizzle 128 B, zeros outside. The ring has as many stages as fit, up to MOST; a block of one
+// pass leaves its sums where the ring was, others keep both.
 
 template <int WG_, int NT_, int U_>
 struct RingShape {
@@ -19,7 +20,7 @@ struct RingShape {
     static constexpr int SUMS = WK, SUM_FLOATS = NT * 8 * LD;
     static constexpr int SHARED = 232448 - 1024;
     static constexpr int BARRIERS_AT = SHARED - 2 * MOST * 8, SUMS_AT = BARRIERS_AT - SUMS * SUM_FLOATS * 4;
-    static constexpr int RING = SUMS_AT / 1024 * 1024;
+    static constexpr int RING_ALONE = BARRIERS_AT, RING = SUMS_AT;
 };
 
 // The ring: where its stages and their barriers are.
@@ -30,9 +31,9 @@ struct Ring {
     int slot, round;          // of the stage that is next here
 
     // Tiles have as many rows as a pass has outputs; what `wgmma` reads behind the last is not used.
-    DEVICE_MEMBER Ring(u32 shared, int per_pass)
+    DEVICE_MEMBER Ring(u32 shared, int per_pass, int bytes)
         : at(shared), full(shared + Sh::BARRIERS_AT), empty(full + Sh::MOST * 8), tile(per_pass * 128),
-          stage(tile * Sh::U + Sh::X_BYTES), stages(min_of(Sh::RING / stage, Sh::MOST)), slot(0), round(0) {}
+          stage(tile * Sh::U + Sh::X_BYTES), stages(min_of(bytes / stage, Sh::MOST)), slot(0), round(0) {}
     DEVICE_MEMBER u32 here() const { return at + slot * stage; }
     DEVICE_MEMBER void next() {
         if (++slot == stages) slot = 0, round++;
@@ -129,13 +130,14 @@ DEVICE void fill(const TensorMap* x, const TensorMap* weight, const LinearWalk& 
 template <class T, class Sh>
 DEVICE void linear_ring(const LinearArgs& args, const TensorMap* x, const TensorMap* weight) {
     extern __shared__ __align__(1024) u8 shared[];
-    float* buffers = (float*)(shared + Sh::SUMS_AT);
     ClusterMeeting meeting = {(int)cluster_rank(), (int)cluster_size()};
 
     let_next_start();
     LinearWalk walk = walk_of<Sh>(args, meeting.part, meeting.parts);
-    Ring<Sh> ring(shared_address(shared), walk.per_pass);
     int total = stages_of(walk);
+    bool is_one_pass = total == walk.stages;
+    Ring<Sh> ring(shared_address(shared), walk.per_pass, is_one_pass ? Sh::RING_ALONE : Sh::RING);
+    float* buffers = (float*)(shared + (is_one_pass ? 0 : Sh::SUMS_AT));
     if (threadIdx.x == 0) {
         for (int s = 0; s < ring.stages; s++) {
             barrier_init(ring.full + s * 8, 1);
@@ -171,6 +173,7 @@ DEVICE void linear_ring(const LinearArgs& args, const TensorMap* x, const Tensor
             asm volatile("wgmma.wait_group.sync.aligned 0;" : REGS4_OF(sums[0][j])::"memory");
         }
         release(before);
+        if (is_one_pass) sync_256();  // all products are done
         finish_pass<T, Sh>(args, outputs, row0, sums, buffers, wm * 4 + (warp & 3), wk, meeting);
     }
 }
