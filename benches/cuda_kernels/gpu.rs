@@ -74,7 +74,7 @@ pub(crate) struct Gpu {
 pub(crate) fn options(libraries: Arc<Libraries>) -> CudaOptions {
     let cache = std::env::var_os("DIST_KERNEL_CACHE").map(PathBuf::from);
     let cache = cache.unwrap_or_else(|| std::env::temp_dir().join("dist-kernel-cache"));
-    let staging = StagingOptions { n_readers: 2, chunk_bytes: 1 << 20, n_buffers: 2, past_caches: true };
+    let staging = StagingOptions { n_readers: 2, chunk_bytes: 1 << 20, n_buffers: 2 };
     CudaOptions {
         libraries,
         cache: KernelCache::new(cache),

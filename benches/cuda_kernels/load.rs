@@ -191,11 +191,10 @@ fn taking_memory(backend: &mut CudaBackend, source: &Source) -> Result<f64, Fail
 
 /// A line of this section.
 pub(crate) fn line(what: &str, staging: StagingOptions, seconds: f64, work: Work) -> Line {
-    let StagingOptions { n_readers, chunk_bytes, n_buffers, past_caches } = staging;
-    let way = if past_caches { "past caches" } else { "cached" };
-    let name = format!("load/{what}/{n_readers}x{n_buffers}x{}K, {way}/", chunk_bytes >> 10);
+    let StagingOptions { n_readers, chunk_bytes, n_buffers } = staging;
+    let name = format!("load/{what}/{n_readers}x{n_buffers}x{}K/", chunk_bytes >> 10);
     let shape = json!({ "op": "load", "what": what, "readers": n_readers, "buffers": n_buffers,
-        "chunk_bytes": chunk_bytes, "past_caches": past_caches });
+        "chunk_bytes": chunk_bytes });
     Line { name, shape, seconds, work, beside: vec![], runs: None, bars: vec![] }
 }
 

@@ -83,13 +83,8 @@ fn filling(
     n_bytes: usize,
     fill: impl Fn(usize, &mut [u8]) -> io::Result<()> + Sync,
 ) -> Result<f64, Failure> {
-    let StagingOptions { n_readers, chunk_bytes, n_buffers, past_caches } = staging;
-    let n_pinned = n_readers * n_buffers * chunk_bytes;
-    let mut pinned = if past_caches {
-        context.alloc_pinned_to_write("buffers", n_pinned)?
-    } else {
-        context.alloc_pinned("buffers", n_pinned)?
-    };
+    let StagingOptions { n_readers, chunk_bytes, n_buffers } = staging;
+    let mut pinned = context.alloc_pinned("buffers", n_readers * n_buffers * chunk_bytes)?;
     // Each reader's buffers, and which one is next.
     let own = pinned.bytes_mut().chunks_exact_mut(n_buffers * chunk_bytes);
     let own: Vec<_> = own.map(|buffers| Mutex::new((buffers, 0))).collect();
@@ -194,10 +189,8 @@ pub(crate) fn sweep(
     let all = || {
         let numbers =
             READERS.into_iter().flat_map(|n_readers| CHUNKS.map(|chunk_bytes| (n_readers, chunk_bytes)));
-        [true, false].into_iter().flat_map(move |past_caches| {
-            numbers.clone().flat_map(move |(n_readers, chunk_bytes)| {
-                BUFFERS.map(|n_buffers| StagingOptions { n_readers, chunk_bytes, n_buffers, past_caches })
-            })
+        numbers.flat_map(|(n_readers, chunk_bytes)| {
+            BUFFERS.map(|n_buffers| StagingOptions { n_readers, chunk_bytes, n_buffers })
         })
     };
     for staging in all().filter(|staging| staging.n_buffers == BUFFERS[0]) {

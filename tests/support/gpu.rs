@@ -25,7 +25,7 @@ pub(crate) fn gpu(test: &str) -> Option<CudaBackend> {
         cache,
         ordinal: 0,
         cast: Some(DType::BF16),
-        staging: StagingOptions { n_readers: 2, chunk_bytes: 1 << 20, n_buffers: 2, past_caches: true },
+        staging: StagingOptions { n_readers: 2, chunk_bytes: 1 << 20, n_buffers: 2 },
         gemm: GemmChoice::Measured,
     };
     match CudaBackend::new(options) {

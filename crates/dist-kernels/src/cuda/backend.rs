@@ -125,6 +125,8 @@ impl CudaBackend {
         }
         let driver = Driver::open(&libraries)?;
         let context = Context::new(&driver, ordinal)?;
+        // Their buffers are taken while kernels are loaded and the checkpoint is opened.
+        let weights = Some(Staging::new(&driver, ordinal, staging)?);
         let stream = Rc::new(context.stream()?);
         let inputs = Inputs::new(&context, INPUT_BYTES)?;
         let gemms = Gemms::new(gemm, &context, (&libraries, &driver), cache.dir());
@@ -141,7 +143,7 @@ impl CudaBackend {
             is_recording: false,
             recorded: Vec::new(),
             has_graphs: true,
-            weights: None,
+            weights,
             scratch: Scratch::default(),
             packed: PackedRows::default(),
             cast,

@@ -34,7 +34,7 @@ pub(crate) fn options(cast: Option<DType>) -> CudaOptions {
         cache: KernelCache::new(cache),
         ordinal: 0,
         cast,
-        staging: StagingOptions { n_readers: 2, chunk_bytes: 1 << 20, n_buffers: 2, past_caches: true },
+        staging: StagingOptions { n_readers: 2, chunk_bytes: 1 << 20, n_buffers: 2 },
         gemm: GemmChoice::Measured,
     }
 }

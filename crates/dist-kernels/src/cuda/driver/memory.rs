@@ -13,8 +13,6 @@ use super::{Context, Result};
 
 /// Memory that every context may use; reading it on the host is as fast as any.
 const PORTABLE: u32 = 1;
-/// Memory that the host writes past its caches; reading it on the host is slow.
-const WRITE_COMBINED: u32 = 4;
 
 /// Memory of the GPU, aligned to 256 bytes.
 #[derive(Debug)]
@@ -56,17 +54,8 @@ impl Context {
 
     /// Takes host memory that the GPU copies from and to by itself, and fills it with zeros.
     pub fn alloc_pinned(&self, what: &str, n_bytes: usize) -> Result<PinnedMemory> {
-        self.alloc_host(what, n_bytes, PORTABLE)
-    }
-
-    /// The same for what the host only writes, past its caches: the GPU need not ask them when it reads.
-    pub fn alloc_pinned_to_write(&self, what: &str, n_bytes: usize) -> Result<PinnedMemory> {
-        self.alloc_host(what, n_bytes, PORTABLE | WRITE_COMBINED)
-    }
-
-    fn alloc_host(&self, what: &str, n_bytes: usize, flags: u32) -> Result<PinnedMemory> {
         // SAFETY: memory without a content; it is filled below.
-        let start = unsafe { result::malloc_host(n_bytes.max(1), flags) };
+        let start = unsafe { result::malloc_host(n_bytes.max(1), PORTABLE) };
         let start = start.map_err(|error| failed("cuMemHostAlloc", what, error))?.cast::<u8>();
         // SAFETY: as many bytes were taken, and nobody else knows them yet.
         unsafe { start.write_bytes(0, n_bytes) };

@@ -240,7 +240,7 @@ fn a_load_may_be_given_up() {
 #[test]
 fn weights_arrive_on_the_gpu() {
     let Some(gpu) = Gpu::find("weights_arrive_on_the_gpu") else { return };
-    let options = StagingOptions { n_readers: 3, chunk_bytes: 64 << 10, n_buffers: 2, past_caches: true };
+    let options = StagingOptions { n_readers: 3, chunk_bytes: 64 << 10, n_buffers: 2 };
     let driver = Driver::open(&gpu.libraries).unwrap();
     let mut staging = Staging::new(&driver, 0, options).unwrap();
     let stream = gpu.context.stream().unwrap();
@@ -260,7 +260,7 @@ fn weights_arrive_on_the_gpu() {
 #[test]
 fn memory_of_the_gpu_waits_for_those_who_write_to_it() {
     let Some(gpu) = Gpu::find("memory_of_the_gpu_waits_for_those_who_write_to_it") else { return };
-    let options = StagingOptions { n_readers: 2, chunk_bytes: 64 << 10, n_buffers: 2, past_caches: true };
+    let options = StagingOptions { n_readers: 2, chunk_bytes: 64 << 10, n_buffers: 2 };
     let mut staging = Staging::new(&Driver::open(&gpu.libraries).unwrap(), 0, options).unwrap();
     for _ in 0..20 {
         let mut memory = gpu.context.alloc("weights", 4 << 20).unwrap();
