@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures all that README's tables quote for a GPU and writes it to $OUT (results/ beside this script by default) as
-# gpu-*.json. It runs from the folder that tests/gpu/collect.sh fills: no cargo, no git. About six minutes on one H100
-# with 80 GB; needs 32 GB of memory.
+# CARD-*.json: h100-decode-6.7b.json. It runs from the folder that tests/gpu/collect.sh fills: no cargo, no git. About two
+# minutes on one H200; needs 80 GB on the card, and 32 GB of memory.
 #
 #   record_gpu.sh [kernels|decode|first|offline]…
 #
@@ -19,13 +19,19 @@ trap 'rm -rf "$scratch"' EXIT
 mkdir -p "$results"
 status=0
 log=()
+gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
+# The second word of NVIDIA's name: h100, h200, a100-sxm4-80gb.
+card=$(awk '{ print tolower($2) }' <<<"$gpu")
+card=${card:-gpu}
+gpu_gib=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1)
+gpu_gib=$((${gpu_gib:-0} / 1024))
 
-# measure NAME COMMAND…: its output becomes gpu-NAME.json if it succeeds
+# measure NAME COMMAND…: its output becomes CARD-NAME.json if it succeeds
 measure() {
     local name=$1 start=$EPOCHREALTIME result=ok
     shift
     if "$@" >"$scratch/out" 2>"$scratch/err"; then
-        cp "$scratch/out" "$results/gpu-$name.json"
+        cp "$scratch/out" "$results/$card-$name.json"
     else
         result="FAILED with status $?"
         status=1
@@ -44,7 +50,7 @@ benchmark() {
 
 # The table is kept beside the record.
 kernels() {
-    timeout "$seconds_max" bin/bench_cuda_kernels --json "$scratch/kernels.json" >"$results/gpu-kernels.txt" &&
+    timeout "$seconds_max" bin/bench_cuda_kernels --json "$scratch/kernels.json" >"$results/$card-kernels.txt" &&
         cat "$scratch/kernels.json"
 }
 
@@ -54,7 +60,7 @@ decode() {
         benchmark "decode-$size" "gpt3-$size" --batch 1,8,32,64 --prompt-len 128 --new-tokens 128 --max-batch-tokens 2048
     done
     benchmark decode-6.7b-1024 gpt3-6.7b --batch 64 --prompt-len 1024 --new-tokens 128 --max-batch-tokens 4096 --repeats 2
-    benchmark decode-13b gpt3-13b --batch 1 --prompt-len 128 --new-tokens 128
+    benchmark decode-13b gpt3-13b --batch 1,32 --prompt-len 128 --new-tokens 128
 }
 
 # The whole prompt in one step.
@@ -86,7 +92,7 @@ batch() {
     timeout "$seconds_max" "${command[@]/#prompts.jsonl/$scratch/prompts.jsonl}" >"$answers" || return
     # All requests arrive together, so the last one's time is that of the batch.
     awk -v command="${command[*]}" -v commit="$DIST_COMMIT" -v date="$(date -u +%FT%TZ)" -v n="$n" -v len="$len" \
-        -v name="$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)" '
+        -v name="$gpu" '
         match($0, /"total_ms":[0-9.]+/) { ms = substr($0, RSTART + 11, RLENGTH - 11); if (ms + 0 > most) most = ms + 0 }
         match($0, /"ttft_ms":[0-9.]+/) { ms = substr($0, RSTART + 10, RLENGTH - 10); if (ms + 0 > first) first = ms + 0 }
         match($0, /"n_new_tokens":[0-9]+/) { tokens += substr($0, RSTART + 15, RLENGTH - 15) }
@@ -99,9 +105,15 @@ batch() {
         }' "$answers"
 }
 
+# As many sequences as there is memory for, up to what a step can use.
 offline() {
-    measure offline-6.7b batch gpt3-6.7b 1024 128 "${MAX_SEQS:-256}" "${MAX_BATCH_TOKENS:-2048}"
+    local seqs=256 tokens=2048
+    if ((gpu_gib > 100)); then seqs=512 tokens=4096; fi
+    measure offline-6.7b batch gpt3-6.7b 1024 128 "${MAX_SEQS:-$seqs}" "${MAX_BATCH_TOKENS:-$tokens}"
     measure offline-1.3b batch gpt3-1.3b 1024 128 "${MAX_SEQS:-512}" "${MAX_BATCH_TOKENS:-4096}"
+    if ((gpu_gib > 100)); then
+        measure offline-13b batch gpt3-13b 1024 128 "${MAX_SEQS:-384}" "${MAX_BATCH_TOKENS:-4096}"
+    fi
 }
 
 # What the machine is, beside every figure.
@@ -111,7 +123,7 @@ offline() {
         --format=csv
     bin/dist-cli doctor | sed -nE '/^ +(CUDA driver|NVRTC|cuBLASLt) /{s/^ +//;s/ +/ /g;s/ (at|by the loader) .*//;p}'
     bin/dist-cli kernels list
-} >"$results/gpu-machine.txt" 2>&1
+} >"$results/$card-machine.txt" 2>&1
 # Kernels are compiled by whoever needs them first, which must not be what is measured.
 bin/dist-cli benchmark --quiet --device "$device" --batch 1,64 --prompt-len 128 --new-tokens 2 --repeats 1 >/dev/null || status=1
 all=(kernels decode first offline)
@@ -122,5 +134,5 @@ for what in "${@:-${all[@]}}"; do
         *) echo "nothing is called $what: ${all[*]}" && exit 2 ;;
     esac
 done
-printf '%s\n' "${log[@]}" >>"$results/gpu-machine.txt"
+printf '%s\n' "${log[@]}" >>"$results/$card-machine.txt"
 exit "$status"

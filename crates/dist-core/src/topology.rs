@@ -63,7 +63,7 @@ impl Overhead {
     pub const NONE: Self = Self { launch_s: 0.0, row_s: 0.0, rows_max: 0, product_share: 1.0 };
 
     /// Fitted to an H100: decode steps of 1 to 64 sequences of gpt3-1.3b, 6.7b and 13b, and their prompts of 128 and 1024
-    /// tokens (`benches/results/gpu-*.json`, which `tests/measured.rs` holds it against). A prompt's step is no graph; its
+    /// tokens (`benches/results/h100-*.json`, which `tests/measured.rs` holds it against). A prompt's step is no graph; its
     /// kernels, launched one by one, fit the same line at its end, 8 us apiece.
     pub const H100: Self = Self { launch_s: 1.6e-6, row_s: 0.05e-6, rows_max: 128, product_share: 0.89 };
 

@@ -20,16 +20,22 @@ fn results() -> PathBuf {
     root.expect("run inside the repository, or set DIST_REPO to it").join("benches/results")
 }
 
-/// The records of that name's beginning that are of an H100.
-fn records(start: &str) -> Vec<(String, Value)> {
+/// GPUs that predictions were fitted to.
+const GPUS: [&str; 2] = ["H100", "H200"];
+
+/// The records with that in their name that are of one of these GPUs.
+fn records(part: &str) -> Vec<(String, Value)> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(results()).expect("results") {
         let path = entry.expect("an entry").path();
         let name = path.file_name().expect("a name").to_string_lossy().into_owned();
-        if name.starts_with(start) && path.extension().is_some_and(|extension| extension == "json") {
+        if name.contains(part) && path.extension().is_some_and(|extension| extension == "json") {
             let record = std::fs::read_to_string(&path).expect("a record");
             let record: Value = serde_json::from_str(&record).expect("JSON");
-            if record["device"]["name"].as_str().is_some_and(|gpu| gpu.contains("H100")) {
+            if record["device"]["name"]
+                .as_str()
+                .is_some_and(|gpu| GPUS.iter().any(|known| gpu.contains(known)))
+            {
                 found.push((name, record));
             }
         }
@@ -82,9 +88,9 @@ fn predicted(record: &Value, result: &Value) -> Option<(f64, f64)> {
 
 /// Every cell of every record: what is predicted is within `tolerance` of what was measured.
 #[track_caller]
-fn check(start: &str, what: &str, tolerance: f64, of: impl Fn(&Value, &Value) -> Option<f64>) {
+fn check(part: &str, what: &str, tolerance: f64, of: impl Fn(&Value, &Value) -> Option<f64>) {
     let mut off = Vec::new();
-    for (name, record) in records(start) {
+    for (name, record) in records(part) {
         for result in record["results"].as_array().expect("cells") {
             let (Some(predicted), Some(measured)) = (of(&record, result), result[what]["p50"].as_f64())
             else {
@@ -106,14 +112,14 @@ fn check(start: &str, what: &str, tolerance: f64, of: impl Fn(&Value, &Value) ->
 
 #[test]
 fn decode_steps_take_what_is_predicted() {
-    check("gpu-decode-", "tpot_ms", 0.12, |record, result| Some(predicted(record, result)?.1));
+    check("-decode-", "tpot_ms", 0.12, |record, result| Some(predicted(record, result)?.1));
 }
 
 /// A single prompt: whoever comes with others waits for them, which no plan says of one prompt.
 #[test]
 fn first_tokens_take_about_what_is_predicted() {
-    for start in ["gpu-decode-", "gpu-first-"] {
-        check(start, "ttft_ms", 0.2, |record, result| {
+    for part in ["-decode-", "-first-"] {
+        check(part, "ttft_ms", 0.2, |record, result| {
             if result["batch"] == 1 { Some(predicted(record, result)?.0) } else { None }
         });
     }

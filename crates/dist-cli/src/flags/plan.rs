@@ -114,7 +114,7 @@ impl PlanArgs {
         };
         let (kind, dtype, gb_per_s, tflops) = match self.device_kind {
             PlannedKind::Cpu => (DeviceKind::Cpu, DType::F32, 30.0, 0.15),
-            // What an H100 was measured to do (`benches/results/gpu-*.json`); weights in f32 become bf16 there.
+            // What an H100 was measured to do (`benches/results/h100-*.json`); weights in f32 become bf16 there.
             PlannedKind::Cuda => {
                 let stored = model.weight_dtype;
                 (DeviceKind::Cuda, if stored == DType::F32 { DType::BF16 } else { stored }, 3120.0, 815.0)
