@@ -98,7 +98,8 @@ DEVICE void ask_for(TileWants<Sh>& wants, const LinearArgs& args, int row0, int 
 #pragma unroll
     for (int i = 0; i < div_up(Sh::BN, 64); i++) {
         int column = column0 + i * 64 + lane * 2;
-        wants.bias[i] = args.bias && column < args.n ? *(const u32*)(args.bias + column) : 0;
+        bool has_two = args.bias && column + 1 < args.n, has_one = args.bias && column + 1 == args.n;
+        wants.bias[i] = has_two ? *(const u32*)(args.bias + column) : has_one ? args.bias[column] : 0;
     }
 #pragma unroll
     for (int m = 0; m < Sh::MI; m++) {
