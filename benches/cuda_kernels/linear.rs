@@ -132,12 +132,17 @@ fn plans(backend: &mut CudaBackend, shape: Shape, rows: &[usize]) -> Result<Vec<
 pub(crate) fn run(gpu: &mut Gpu, takes: &dyn Fn(&str) -> bool, report: &mut Report) -> Result<()> {
     for shape in shapes() {
         let rows = FEW_ROWS.into_iter().chain(MANY_ROWS).filter(|&rows| takes(&shape.name(rows)));
-        let rows: Vec<usize> = rows.collect();
-        let Some(&rows_max) = rows.iter().max() else { continue };
+        let rows_of_shape: Vec<usize> = rows.collect();
+        let Some(&rows_max) = rows_of_shape.iter().max() else { continue };
         let mut operands = Operands::new(gpu, shape, rows_max)?;
-        let planned = gpu.others.iter_mut().map(|column| plans(&mut column.backend, shape, &rows));
-        let planned: Vec<(usize, &'static str)> = planned.collect::<Result<Vec<_>>>()?.concat();
-        for rows in rows {
+        // Made when they are first needed: who has just multiplied at full power reads more slowly for a while.
+        let mut planned: Option<Vec<(usize, &'static str)>> = None;
+        for &rows in &rows_of_shape {
+            if bucket(rows).is_some() && planned.is_none() {
+                let plans =
+                    gpu.others.iter_mut().map(|column| plans(&mut column.backend, shape, &rows_of_shape));
+                planned = Some(plans.collect::<Result<Vec<_>>>()?.concat());
+            }
             let seconds = operands.time(&mut gpu.backend, shape, rows)?;
             let beside = gpu.others.iter_mut().map(|column| {
                 let seconds = operands.time(&mut column.backend, shape, rows)?;
@@ -151,7 +156,7 @@ pub(crate) fn run(gpu: &mut Gpu, takes: &dyn Fn(&str) -> bool, report: &mut Repo
                 seconds,
                 work: shape.work(rows),
                 beside,
-                runs: planned.iter().find(|plan| Some(plan.0) == bucket(rows)).map(|plan| plan.1),
+                runs: planned.iter().flatten().find(|plan| Some(plan.0) == bucket(rows)).map(|plan| plan.1),
                 bars: shape.bars(rows),
             });
         }

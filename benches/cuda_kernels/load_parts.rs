@@ -12,7 +12,7 @@ use memmap2::MmapMut;
 
 use crate::Failure;
 use crate::gpu::Gpu;
-use crate::load::{Source, line, open, pass};
+use crate::load::{Source, line, started_pass};
 use crate::report::{Report, Work};
 
 const READERS: [usize; 4] = [4, 8, 12, 16];
@@ -201,8 +201,7 @@ pub(crate) fn sweep(
         push_sending(gpu, driver, (staging, bus), report)?;
     }
     for staging in all() {
-        let mut backend = open(gpu, staging)?;
-        let (first, second) = (pass(&mut backend, source)?, pass(&mut backend, source)?);
+        let (first, second) = (started_pass(gpu, staging, source)?, started_pass(gpu, staging, source)?);
         let seconds = first.whole.min(second.whole);
         let work = Work::Load { n_bytes: source.n_bytes, bus };
         report.push(line("sweep", staging, seconds, work));
