@@ -10,16 +10,13 @@ use crate::cuda::plans::bucket;
 /// A tile: its symbol, rows and outputs.
 type Tile = (&'static str, usize, usize);
 
-const TILES: [Tile; 9] = [
+const TILES: [Tile; 6] = [
     ("gemm_hopper_t128x64", 128, 64),
     ("gemm_hopper_t128x96", 128, 96),
     ("gemm_hopper_t128x128", 128, 128),
     ("gemm_hopper_t128x160", 128, 160),
     ("gemm_hopper_t128x192", 128, 192),
     ("gemm_hopper_t128x256", 128, 256),
-    ("gemm_hopper_t256x64", 256, 64),
-    ("gemm_hopper_t256x96", 256, 96),
-    ("gemm_hopper_t256x128", 256, 128),
 ];
 /// Clusters of tiles, rows by columns; of those that are foretold the same time the first is taken.
 const CLUSTERS: [(usize, usize); 6] = [(2, 1), (1, 2), (2, 2), (1, 1), (1, 4), (4, 1)];
@@ -90,14 +87,11 @@ impl Gemm {
     /// Whether the kernel takes it.
     fn is_allowed(&self, (rows, n, k): (usize, usize, usize), at_once: usize) -> bool {
         let ((bm, bn), (below, beside)) = (self.tile, self.cluster);
-        let halves = rows.div_ceil(128);
-        let is_small = bm == 128 && bn <= 128;
         // The parts of a tile's inputs must run at once.
         let splits_fit =
             self.splits == 1 || (self.tiles(rows, n) <= at_once && self.splits <= k.div_ceil(64));
-        (bm == 128 || (halves > 1 && halves.is_multiple_of(2)))
-            && below <= rows.div_ceil(bm)
-            && (below.max(beside) < 4 || is_small)
+        below <= rows.div_ceil(bm)
+            && (below.max(beside) < 4 || bn <= 128)
             && (bn / below).is_multiple_of(8)
             && splits_fit
     }
@@ -171,7 +165,6 @@ mod tests {
                     assert!(has("gemm_hopper", choice.symbol), "{choice:?}");
                     let blocks = choice.clusters * choice.size();
                     assert!(blocks <= 132, "{choice:?}");
-                    assert!(choice.tile.0 == 128 || rows > 128, "{rows} rows: {choice:?}");
                 }
             }
         }
