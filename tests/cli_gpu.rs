@@ -234,6 +234,19 @@ fn a_driver_that_cannot_be_used_is_told_and_nothing_panics() {
 }
 
 #[test]
+fn a_driver_that_sees_less_than_no_gpus_is_told() {
+    let home = Home::new();
+    stubs::driver(home.path(), &[]);
+    if loader_knows(0) {
+        return;
+    }
+    let set = [("STUB_VERSION", "13000"), ("STUB_GPUS", "-1")];
+    let ran = home.run(&["infer", "--device", "cuda", "--max-new-tokens", "1"], &set);
+    assert_eq!((ran.code, ran.out.as_str()), (Some(1), ""), "{}", ran.err);
+    assert!(ran.err.contains("-1 GPUs") && ran.err.contains("help: "), "{}", ran.err);
+}
+
+#[test]
 fn a_driver_that_lacks_a_function_is_told_and_nothing_panics() {
     if loader_knows(0) {
         return;

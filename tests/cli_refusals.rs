@@ -45,6 +45,21 @@ fn flags_without_meaning_are_usage_errors() {
     }
     check(&run(&["benchmark", "--batch", "0"]), 2, "from 1 to 16777216", "dist-cli benchmark --help");
     check(&run(&["infr"]), 2, "'infr'", "'infer'");
+    let narrow = ["--model", "gpt3-1.3b", "--max-batch-tokens", "1", "--batch", "64"];
+    for command in ["benchmark", "plan"] {
+        check(&run(&[&[command], &narrow[..]].concat()), 2, "less than the 64 sequences", "--max-seqs 1");
+    }
+}
+
+#[test]
+fn a_plan_is_a_file_that_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let pipe = dir.path().join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    for path in [std::path::Path::new("/dev/zero"), &pipe, dir.path()] {
+        let path = path.to_str().unwrap();
+        check(&run(&["infer", "--plan", path]), 2, "cannot be used", "dist-cli plan --model");
+    }
 }
 
 #[test]

@@ -28,6 +28,11 @@ take() {
     strip -o "$out/bin/$1" "$2"
 }
 
+# There is no repository where these run; binaries and results name the commit all the same.
+DIST_COMMIT=$(git describe --always --dirty --abbrev=12 --exclude '*')
+export DIST_COMMIT
+echo "$DIST_COMMIT" >"$out/commit"
+
 cargo build --release --locked -p dist-cli
 take dist-cli "${CARGO_TARGET_DIR:-target}/release/dist-cli"
 
@@ -52,6 +57,4 @@ while read -r name path; do
 done < <(executables bench cargo bench --locked -p dist-kernels --bench 'cuda_*')
 
 cp tests/gpu/run.sh benches/record_gpu.sh "$out/"
-# There is no repository there; results name the commit all the same.
-git describe --always --dirty --abbrev=12 --exclude '*' >"$out/commit"
 du -sh "$out"

@@ -46,7 +46,7 @@ const DRIVER: &str = r#"
 static int number(const char *name) { const char *value = getenv(name); return value ? atoi(value) : 0; }
 int cuDriverGetVersion(int *version) { *version = number("STUB_VERSION"); return 0; }
 int cuInit(unsigned flags) { return number("STUB_STATUS"); }
-int cuDeviceGetCount(int *n) { *n = 0; return 0; }
+int cuDeviceGetCount(int *n) { *n = number("STUB_GPUS"); return 0; }
 int cuGetErrorName(int status, const char **name) { *name = "CUDA_ERROR_OF_THE_STUB"; return 0; }
 int cuGetErrorString(int status, const char **text) { *text = "the stub says so"; return 0; }
 "#;

@@ -16,7 +16,7 @@ pub mod plan;
 pub mod shard;
 
 pub use device::{DeviceArgs, DeviceRequest};
-pub use limits::LimitArgs;
+pub use limits::{LimitArgs, check_room};
 pub use mesh::{DegreeArgs, Degrees, MeshArgs, MeshRequest, Nodes};
 pub use model::ModelArgs;
 pub use sampling::SamplingArgs;

@@ -2,10 +2,9 @@
 
 use clap::Args;
 
-use super::{DeviceArgs, DeviceRequest, MeshArgs, MeshRequest, ModelArgs, numbers};
+use super::{DeviceArgs, DeviceRequest, MeshArgs, MeshRequest, ModelArgs, check_room, numbers};
 use crate::bench::Cell;
 use crate::model::ModelChoice;
-use crate::problem::Problem;
 use crate::session;
 
 const AFTER_HELP: &str = "\
@@ -103,14 +102,7 @@ impl BenchmarkArgs {
         }
         let running = cells.iter().map(|cell| cell.batch).max().unwrap_or(1);
         let running = self.max_seqs.map_or(running, |most| most.min(running));
-        if let Some(tokens) = self.max_batch_tokens.filter(|&tokens| tokens < running) {
-            let what = format!(
-                "--max-batch-tokens {tokens} is less than the {running} sequences that run at the same time: a step \
-                 has a token of each"
-            );
-            let help = format!("raise it to {running}, or let sequences wait: --max-seqs {tokens}");
-            return Err(Problem::usage(what).help(help).into());
-        }
+        check_room(self.max_batch_tokens, running)?;
         let device = self.device.to_request()?;
         let of_device = || session::batch_tokens(device.kind).max(running);
         Ok(BenchmarkRequest {

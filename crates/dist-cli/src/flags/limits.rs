@@ -3,6 +3,7 @@
 use clap::Args;
 
 use super::numbers;
+use crate::problem::Problem;
 
 /// Flags about sizes.
 #[expect(clippy::struct_field_names, reason = "fields are named as the flags are")]
@@ -18,4 +19,15 @@ pub struct LimitArgs {
     /// Sequences that run at the same time; by default as many as there are, at most 16 on a CPU, 256 on a GPU
     #[arg(long, visible_alias = "max-num-seqs", value_name = "N", value_parser = numbers::count)]
     pub max_seqs: Option<usize>,
+}
+
+/// Refuses a step that has no room for a token of each of the `running` sequences.
+pub fn check_room(max_batch_tokens: Option<usize>, running: usize) -> Result<(), Problem> {
+    let Some(tokens) = max_batch_tokens.filter(|&tokens| tokens < running) else { return Ok(()) };
+    let what = format!(
+        "--max-batch-tokens {tokens} is less than the {running} sequences that run at the same time: a step has a token \
+         of each"
+    );
+    let help = format!("raise it to {running}, or let sequences wait: --max-seqs {tokens}");
+    Err(Problem::usage(what).help(help))
 }

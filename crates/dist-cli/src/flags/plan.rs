@@ -5,7 +5,7 @@ use dist_core::plan::Limits;
 use dist_core::planner::{PlanOptions, Workload};
 use dist_core::{DType, Device, DeviceKind, Link, Mesh, ModelConfig, Topology};
 
-use super::{DegreeArgs, Degrees, LimitArgs, ModelArgs, numbers};
+use super::{DegreeArgs, Degrees, LimitArgs, ModelArgs, check_room, numbers};
 use crate::machine;
 use crate::model::ModelChoice;
 use crate::problem::Problem;
@@ -15,7 +15,8 @@ const AFTER_HELP: &str = "\
 Nothing is loaded and no device is touched: the plan is a calculation. Without
 --device-memory the devices have this machine's memory; rates that are not
 given are those of a common server, or of an H100 with --device-kind cuda. A GPU
-computes in 16 bits, and takes some time for every kernel beside its rates.
+computes in 16 bits, and takes some time for every kernel beside its rates. TTFT
+is that of a prompt that comes alone.
 
 Exit codes: 0 a split was found, 1 there is none, 2 a flag is wrong.
 
@@ -28,6 +29,7 @@ Examples:
 /// Flags of `plan`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = AFTER_HELP)]
+#[command(mut_arg("max_seqs", |arg| arg.help("Sequences that run at the same time; by default all of --batch")))]
 pub struct PlanArgs {
     /// Which model.
     #[command(flatten)]
@@ -131,10 +133,13 @@ impl PlanArgs {
         };
         let link = Link { latency_s: self.link_latency * 1e-6, bytes_per_s: self.link_bandwidth * 1e9 };
         let max_seqs = self.limits.max_seqs.unwrap_or(self.batch);
+        let running = max_seqs.min(self.batch);
+        check_room(self.limits.max_batch_tokens, running)?;
+        let of_device = || session::batch_tokens(kind).max(running);
         let limits = Limits {
             max_seq_len: session::max_seq_len(&self.limits, &model)?,
             max_seqs,
-            max_batch_tokens: self.limits.max_batch_tokens.unwrap_or_else(|| session::batch_tokens(kind)),
+            max_batch_tokens: self.limits.max_batch_tokens.unwrap_or_else(of_device),
             max_sample_rows: max_seqs,
         };
         let options = PlanOptions {

@@ -146,12 +146,20 @@ fn degrees(request: &MeshRequest) -> anyhow::Result<(Degrees, Option<ModelConfig
     Ok((degrees, Some(plan.model)))
 }
 
+/// A plan has a few kilobytes; the reasons beside it a few for every split.
+const PLAN_BYTES_MAX: u64 = 64 << 20;
+
 /// What `dist-cli plan --json` writes, or the plan in it alone.
 pub fn read_plan(path: &Path) -> anyhow::Result<Plan> {
     let cannot = |why: anyhow::Error| {
         let problem = Problem::usage(format!("--plan {} cannot be used", path.display()));
         problem.because(why).help("write one with: dist-cli plan --model … --tp N --pp N --json > FILE")
     };
+    // A pipe would be waited for, and a device never ends.
+    let metadata = std::fs::metadata(path).map_err(|error| cannot(error.into()))?;
+    if !metadata.is_file() || metadata.len() > PLAN_BYTES_MAX {
+        return Err(cannot(anyhow::anyhow!("it is no regular file of at most {PLAN_BYTES_MAX} bytes")).into());
+    }
     let text = std::fs::read_to_string(path).map_err(|error| cannot(error.into()))?;
     let value: serde_json::Value = serde_json::from_str(&text).map_err(|error| cannot(error.into()))?;
     let plan = value.get("best").and_then(|best| best.get("plan")).unwrap_or(&value);

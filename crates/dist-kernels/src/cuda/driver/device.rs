@@ -1,7 +1,11 @@
 //! The driver, the GPUs that it sees, and a thread's context on one of them.
 
 use std::rc::Rc;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
+use cudarc::driver::DriverError;
 use cudarc::driver::result::{self, ctx, device, primary_ctx, stream};
 use cudarc::driver::sys::{CUdevice, CUdevice_attribute_enum as Attribute, CUresult, CUstream};
 use serde::{Deserialize, Serialize};
@@ -14,6 +18,13 @@ use super::error::{CudaError, dropped, failed};
 const VERSION_LEAST: Version = Version { major: 12, minor: 8 };
 /// The oldest GPU that kernels are written for.
 const CAPABILITY_LEAST: (u32, u32) = (8, 0);
+
+/// How long the driver may look for GPUs: many of them that nobody holds awake take tens of seconds.
+const INIT_MAX: Duration = Duration::from_secs(60);
+/// More GPUs than a driver can see.
+const GPUS_MAX: usize = 1024;
+/// The driver's number for what it has no number for.
+const UNKNOWN: u32 = CUresult::CUDA_ERROR_UNKNOWN as u32;
 
 /// NVIDIA's driver, open and ready.
 #[derive(Clone, Debug)]
@@ -63,10 +74,7 @@ impl Driver {
         }
         // Before any other call: without its function it panics.
         libraries.whole_driver()?;
-        result::init().map_err(|error| match error.0 {
-            CUresult::CUDA_ERROR_NO_DEVICE => CudaError::NoGpu,
-            _ => failed("cuInit", "this machine", error),
-        })?;
+        init(INIT_MAX)?;
         Ok(Self { version })
     }
 
@@ -77,8 +85,7 @@ impl Driver {
 
     /// All GPUs, those that are too old as well.
     pub fn devices(&self) -> Result<Vec<DeviceInfo>> {
-        let n = device::get_count().map_err(|error| failed("cuDeviceGetCount", "this machine", error))?;
-        (0..n as usize).map(|ordinal| self.device(ordinal)).collect()
+        (0..count()?).map(|ordinal| self.device(ordinal)).collect()
     }
 
     /// One GPU.
@@ -114,8 +121,7 @@ impl Driver {
     }
 
     fn handle(ordinal: usize) -> Result<CUdevice> {
-        let n =
-            device::get_count().map_err(|error| failed("cuDeviceGetCount", "this machine", error))? as usize;
+        let n = count()?;
         if n == 0 {
             return Err(CudaError::NoGpu);
         }
@@ -124,6 +130,44 @@ impl Driver {
         }
         device::get(ordinal as i32).map_err(|error| failed("cuDeviceGet", format!("GPU {ordinal}"), error))
     }
+}
+
+/// The driver's first call: it looks for GPUs, and one that is stuck keeps it for ever.
+fn init(most: Duration) -> Result<()> {
+    let answer =
+        in_time(most, || result::init().map_err(|error| error.0)).ok_or_else(|| CudaError::Call {
+            call: "cuInit",
+            what: "this machine".to_owned(),
+            name: "no answer".to_owned(),
+            meaning: format!("for {} s: a GPU or its driver may be stuck, see nvidia-smi", most.as_secs()),
+            status: UNKNOWN,
+        })?;
+    answer.map_err(|status| match status {
+        CUresult::CUDA_ERROR_NO_DEVICE => CudaError::NoGpu,
+        _ => failed("cuInit", "this machine", DriverError(status)),
+    })
+}
+
+/// What `call` gives on a thread of its own, which is left behind if it takes too long.
+fn in_time<T: Send + 'static>(most: Duration, call: fn() -> T) -> Option<T> {
+    let (told, answer) = mpsc::channel();
+    let asked = thread::Builder::new().spawn(move || {
+        // Nobody listens any more if it took too long.
+        let _ = told.send(call());
+    });
+    if asked.is_ok() { answer.recv_timeout(most).ok() } else { Some(call()) }
+}
+
+/// How many GPUs the driver sees, if it says so.
+fn count() -> Result<usize> {
+    let n = device::get_count().map_err(|error| failed("cuDeviceGetCount", "this machine", error))?;
+    usize::try_from(n).ok().filter(|&n| n <= GPUS_MAX).ok_or_else(|| CudaError::Call {
+        call: "cuDeviceGetCount",
+        what: "this machine".to_owned(),
+        name: format!("{n} GPUs"),
+        meaning: "which no machine has: the driver is not sound".to_owned(),
+        status: UNKNOWN,
+    })
 }
 
 /// A thread's hold on a GPU; whatever lives there keeps it.
@@ -209,5 +253,18 @@ impl Drop for Inner {
             }
             dropped("cuDevicePrimaryCtxRelease", primary_ctx::release(self.device));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_that_never_ends_is_not_waited_for() {
+        assert_eq!(in_time(INIT_MAX, || 7), Some(7));
+        let start = std::time::Instant::now();
+        assert_eq!(in_time(Duration::from_millis(20), || thread::sleep(INIT_MAX)), None);
+        assert!(start.elapsed() < INIT_MAX / 2, "{:?}", start.elapsed());
     }
 }
