@@ -4,6 +4,13 @@ use dist_core::DType;
 
 use crate::cuda::driver::CudaError;
 
+/// What to do where memory does not suffice.
+pub(crate) const TAKE_LESS: &str = "take less at once: lower --max-seqs, --max-seq-len or --max-batch-tokens; or take a \
+     smaller model, another GPU (--device cuda:N) or a machine with more memory; nvidia-smi says who holds a GPU's";
+/// What to do where the system gives no thread.
+pub(crate) const MORE_THREADS: &str =
+    "raise the limit of processes: see `ulimit -u`, and the container's own (docker run --pids-limit)";
+
 /// An error of a backend. Wrong shapes are our own bugs and panic in the args' `check` instead.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
@@ -55,6 +62,19 @@ pub enum KernelError {
 }
 
 impl KernelError {
+    /// What to do about it, if that is known.
+    pub fn help(&self) -> Option<String> {
+        match self {
+            Self::OutOfMemory { .. } => Some(TAKE_LESS.to_owned()),
+            Self::Threads(_) => Some(MORE_THREADS.to_owned()),
+            Self::Cuda(error) => error.help(),
+            Self::WeightType { .. }
+            | Self::HostRange { .. }
+            | Self::CpuPath(_)
+            | Self::Unsupported { .. } => None,
+        }
+    }
+
     /// Whether it may be of something that was asked for earlier: a GPU is asked first and works afterwards.
     pub fn may_be_late(&self) -> bool {
         matches!(self, Self::Cuda(CudaError::Call { .. } | CudaError::Blas { .. }))

@@ -7,6 +7,7 @@ use cudarc::driver::sys::CUresult;
 
 use super::super::compile::CompileError;
 use super::super::libraries::{LibraryError, Version};
+use crate::error::{MORE_THREADS, TAKE_LESS};
 
 /// An error of the GPU, its driver or its libraries.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -62,6 +63,18 @@ pub enum CudaError {
     Unreadable {
         /// The system's word.
         why: String,
+    },
+    /// Threads that read weights could not be started.
+    #[error("no thread could be started to read the weights: {why}")]
+    NoThread {
+        /// The system's word.
+        why: String,
+    },
+    /// A thread that reads weights panicked, and that was told before.
+    #[error("weights are missing: a thread that read them has panicked: {message}")]
+    ReaderPanicked {
+        /// What it said.
+        message: String,
     },
     /// A module has no such kernel, or one that takes something else.
     #[error("{module} has no kernel {kernel}: {why}")]
@@ -129,14 +142,14 @@ impl CudaError {
             Self::NoSuchGpu { n: 1, .. } => Some("there is one: --device cuda:0".to_owned()),
             Self::NoSuchGpu { n, .. } => Some(format!("choose another: --device cuda:0 to cuda:{}", n - 1)),
             Self::Capability { .. } => Some("use --device cpu, or an Ampere GPU or later".to_owned()),
-            Self::OutOfMemory { .. } => {
-                Some("take less at once (--max-seqs, --max-seq-len, --max-batch-tokens), or end other programs on the GPU (nvidia-smi)".to_owned())
-            }
+            Self::OutOfMemory { .. } => Some(TAKE_LESS.to_owned()),
+            Self::NoThread { .. } => Some(MORE_THREADS.to_owned()),
             Self::Call { status, .. } => help_of(*status).map(str::to_owned),
             Self::Unreadable { .. } => {
                 Some("see whether the file is whole and its disk is well: dist-cli shard --verify".to_owned())
             }
             Self::OtherGpu
+            | Self::ReaderPanicked { .. }
             | Self::Kernel { .. }
             | Self::Blas { .. }
             | Self::Kernels(CompileError::Refused { .. }) => None,
@@ -146,6 +159,9 @@ impl CudaError {
 
 fn help_of(status: u32) -> Option<&'static str> {
     let is = |known: CUresult| status == known as u32;
+    if is(CUresult::CUDA_ERROR_OUT_OF_MEMORY) {
+        return Some(TAKE_LESS);
+    }
     if is(CUresult::CUDA_ERROR_ECC_UNCORRECTABLE) {
         return Some("the GPU's memory is damaged: look with nvidia-smi -q -d ECC, and restart the machine");
     }
@@ -232,6 +248,18 @@ mod tests {
         let help = |n| CudaError::NoSuchGpu { ordinal: 7, n }.help().unwrap();
         assert!(help(0).contains("nvidia-smi") && !help(0).contains("cuda:"), "{}", help(0));
         assert!(help(1).ends_with("--device cuda:0") && help(4).ends_with("cuda:0 to cuda:3"));
+    }
+
+    #[test]
+    fn memory_that_does_not_suffice_has_a_next_step_in_every_shape() {
+        let known = CudaError::OutOfMemory { what: "a cache".to_owned(), needed: 9, free: 5 };
+        let plain = told_by("cuMemHostAlloc", CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+        for error in [known, plain] {
+            let help = error.help().unwrap();
+            let flags = ["--max-seqs", "--max-seq-len", "--max-batch-tokens", "another GPU", "smaller model"];
+            assert!(flags.into_iter().all(|flag| help.contains(flag)), "{help}");
+            assert_eq!(crate::KernelError::from(error).help(), Some(help));
+        }
     }
 
     #[test]
