@@ -56,12 +56,12 @@ impl Staging {
         let driver = driver.clone();
         let open: Open<Lane> = Arc::new(move || Lane::open(&Context::new(&driver, ordinal)?, options));
         let queue = Queue::new(options.chunk_bytes, AHEAD_BYTES);
-        Ok(Self(Team::start(options.n_readers, queue, &open)?))
+        Ok(Self(Team::start(options.n_readers, queue, &open, Builder::new)?))
     }
 
     /// Brings rows, how many and of how many bytes, to the bytes of `dst` from `at` on. `fill(from, buffer)` writes those
     /// from `from` on to a buffer. When this returns most may still have to be read, and the error may be of an earlier
-    /// load: see [`Self::finish`].
+    /// load: see [`Self::finish`]. After an error nothing more is read.
     pub fn load(
         &mut self,
         dst: &mut DeviceMemory,
@@ -73,7 +73,7 @@ impl Staging {
         told(self.0.queue.push(job))
     }
 
-    /// Waits until everything has arrived.
+    /// Waits until everything has arrived; bytes that are missing are told whenever it is asked.
     pub fn finish(&self) -> Result<()> {
         told(self.0.queue.finish())
     }
@@ -83,8 +83,7 @@ impl Staging {
 fn told(result: std::result::Result<(), Failure>) -> Result<()> {
     match result {
         Ok(()) => Ok(()),
-        Err(Failure::Read(error)) => Err(CudaError::Unreadable { why: error.to_string() }),
-        Err(Failure::Gpu(error)) => Err(error),
+        Err(Failure::Told(error)) => Err(error),
         Err(Failure::Panic(panic)) => resume_unwind(panic),
     }
 }
@@ -111,15 +110,21 @@ struct Team<S: Sink> {
 }
 
 impl<S: Sink> Team<S> {
-    fn start(n_readers: usize, queue: Queue<S::Target>, open: &Open<S>) -> Result<Self> {
+    /// `thread` begins each reader's.
+    fn start(
+        n_readers: usize,
+        queue: Queue<S::Target>,
+        open: &Open<S>,
+        thread: fn() -> Builder,
+    ) -> Result<Self> {
         let mut team = Self { queue: Arc::new(queue), readers: Vec::with_capacity(n_readers) };
         for _ in 0..n_readers.max(1) {
             let (queue, open) = (Arc::clone(&team.queue), Arc::clone(open));
-            match Builder::new().name("weights".to_owned()).spawn(move || read(&queue, &*open)) {
+            match thread().name("weights".to_owned()).spawn(move || read(&queue, &*open)) {
                 Ok(reader) => team.readers.push(reader),
                 // Its work is left to those that are there.
                 Err(error) if team.readers.is_empty() => {
-                    return Err(CudaError::Unreadable { why: error.to_string() });
+                    return Err(CudaError::NoThread { why: error.to_string() });
                 }
                 Err(_) => break,
             }
@@ -152,7 +157,7 @@ fn read<S: Sink>(queue: &Queue<S::Target>, open: &dyn Fn() -> Result<S>) {
             }
             Order::Drain => {
                 let drained = caught(|| match &mut sink {
-                    Some(sink) => sink.drain().map_err(Failure::Gpu),
+                    Some(sink) => sink.drain().map_err(Failure::Told),
                     None => Ok(()),
                 });
                 is_sending = false;
@@ -175,11 +180,12 @@ fn pass<S: Sink>(
     let Piece { job, from, n_bytes } = piece;
     let sink = match sink {
         Some(sink) => sink,
-        None => sink.insert(open().map_err(Failure::Gpu)?),
+        None => sink.insert(open().map_err(Failure::Told)?),
     };
-    let buffer = sink.buffer().map_err(Failure::Gpu)?;
-    (job.fill)(from, &mut buffer[..n_bytes]).map_err(Failure::Read)?;
-    sink.send(&job.target, job.at + from, n_bytes).map_err(Failure::Gpu)
+    let buffer = sink.buffer().map_err(Failure::Told)?;
+    let unreadable = |error: std::io::Error| CudaError::Unreadable { why: error.to_string() };
+    (job.fill)(from, &mut buffer[..n_bytes]).map_err(unreadable).map_err(Failure::Told)?;
+    sink.send(&job.target, job.at + from, n_bytes).map_err(Failure::Told)
 }
 
 /// A reader's way to the GPU.

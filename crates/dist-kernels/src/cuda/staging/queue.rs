@@ -43,10 +43,23 @@ pub(super) enum Order<T> {
 pub(super) enum Failure {
     /// A reader panicked.
     Panic(Box<dyn Any + Send>),
-    /// They could not be read.
-    Read(io::Error),
-    /// The GPU did not take them.
-    Gpu(CudaError),
+    /// They could not be read, or the GPU did not take them.
+    Told(CudaError),
+}
+
+impl Failure {
+    /// What is told of it, as often as somebody asks. There is one panic: who asks later hears that it was.
+    fn tell(&mut self) -> Self {
+        let again = match self {
+            Self::Told(error) => return Self::Told(error.clone()),
+            Self::Panic(panic) => {
+                let text = panic.downcast_ref::<&str>().copied();
+                let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+                CudaError::ReaderPanicked { message: text.unwrap_or("it did not say why").to_owned() }
+            }
+        };
+        std::mem::replace(self, Self::Told(again))
+    }
 }
 
 /// Jobs, and how far they are.
@@ -71,7 +84,7 @@ struct State<T> {
     /// Whether somebody waits for all of it to arrive.
     is_finishing: bool,
     is_closed: bool,
-    /// The first one that was not told yet.
+    /// The first one. It stays: bytes are missing from then on.
     failed: Option<Failure>,
 }
 
@@ -125,13 +138,13 @@ impl<T> Queue<T> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for room, and tells what went wrong before.
+    /// Waits for room, and tells what went wrong before: then the job is not taken in.
     pub(super) fn push(&self, job: Job<T>) -> Result<(), Failure> {
         let is_full = |state: &mut State<T>| state.n_waiting > self.ahead_bytes && state.failed.is_none();
         let guard = self.done.wait_while(self.lock(), is_full);
         let mut state = guard.unwrap_or_else(PoisonError::into_inner);
-        if let Some(failure) = state.failed.take() {
-            return Err(failure);
+        if let Some(failure) = &mut state.failed {
+            return Err(failure.tell());
         }
         if job.n_bytes > 0 {
             state.n_waiting += job.n_bytes;
@@ -142,7 +155,7 @@ impl<T> Queue<T> {
         Ok(())
     }
 
-    /// Waits until all bytes have arrived, and tells what went wrong.
+    /// Waits until all bytes have arrived, and tells what went wrong, be it that a push has told it.
     pub(super) fn finish(&self) -> Result<(), Failure> {
         let mut state = self.lock();
         state.is_finishing = true;
@@ -151,7 +164,7 @@ impl<T> Queue<T> {
         let guard = self.done.wait_while(state, is_under_way);
         let mut state = guard.unwrap_or_else(PoisonError::into_inner);
         state.is_finishing = false;
-        state.failed.take().map_or(Ok(()), Err)
+        state.failed.as_mut().map_or(Ok(()), |failure| Err(failure.tell()))
     }
 
     /// Readers end as soon as they have done what they are at.

@@ -58,7 +58,7 @@ impl Sink for Late {
 
 fn team(n_readers: usize, n_buffers: usize, chunk: usize, ahead: usize) -> Team<Late> {
     let open: Open<Late> = Arc::new(move || Ok(Late::open(n_buffers, chunk)));
-    Team::start(n_readers, Queue::new(chunk, ahead), &open).unwrap()
+    Team::start(n_readers, Queue::new(chunk, ahead), &open, Builder::new).unwrap()
 }
 
 /// A job of single bytes.
@@ -202,6 +202,21 @@ fn a_reader_that_panics_ends_the_load() {
     told(team.queue.push(job(&place(1000), 0, 1000, bad))).unwrap();
     let panic = catch_unwind(AssertUnwindSafe(|| told(team.queue.finish()))).unwrap_err();
     assert_eq!(panic.downcast_ref::<&str>(), Some(&"the file ends here"));
+    // There is one panic to pass on; bytes are missing all the same.
+    let expected = CudaError::ReaderPanicked { message: "the file ends here".to_owned() };
+    assert_eq!(told(team.queue.finish()), Err(expected.clone()));
+    assert_eq!(told(team.queue.push(job(&place(1), 0, 1, filling(0)))), Err(expected));
+}
+
+#[test]
+fn a_reader_that_cannot_be_started_is_no_damaged_file() {
+    let open: Open<Late> = Arc::new(|| Ok(Late::open(2, 16)));
+    // No address space has room for such a stack.
+    let thread = || Builder::new().stack_size(1 << 60);
+    let error = Team::start(2, Queue::new(16, 100), &open, thread).err().expect("no thread");
+    assert!(error.to_string().starts_with("no thread could be started to read the weights: "), "{error}");
+    let help = error.help().unwrap();
+    assert!(help.contains("ulimit -u") && help.contains("container"), "{help}");
 }
 
 #[test]
@@ -212,19 +227,29 @@ fn bytes_that_cannot_be_read_end_the_load() {
     };
     let load = |n_bytes, fill| told(team.queue.push(job(&place(n_bytes), 0, n_bytes, fill)));
     load(1000, short()).unwrap();
-    let error = told(team.queue.finish()).unwrap_err();
+    // Bytes are missing from then on, whoever asks and however often.
+    let is_told = |result: Result<()>| {
+        assert_eq!(result, Err(CudaError::Unreadable { why: "unexpected end of file".to_owned() }));
+    };
+    is_told(told(team.queue.finish()));
+    is_told(told(team.queue.finish()));
+    is_told(load(1, filling(0)));
+}
+
+#[test]
+fn an_error_that_a_load_told_is_told_at_the_end_too() {
+    let team = team(2, 2, 16, 0);
+    let unreadable: Fill = Box::new(|_, _| Err(io::ErrorKind::UnexpectedEof.into()));
+    told(team.queue.push(job(&place(100_000), 0, 100_000, unreadable))).unwrap();
+    let error = told(team.queue.push(job(&place(1), 0, 1, filling(0)))).unwrap_err();
     assert_eq!(error.to_string(), "the weights cannot be read: unexpected end of file");
-    // Told once; whoever asks for more hears of it there.
-    told(team.queue.finish()).unwrap();
-    load(100_000, short()).unwrap();
-    let error = load(1, filling(0)).unwrap_err();
-    assert_eq!(error.to_string(), "the weights cannot be read: unexpected end of file");
+    assert_eq!(told(team.queue.finish()), Err(error));
 }
 
 #[test]
 fn a_gpu_that_takes_nothing_ends_the_load() {
     let open: Open<Late> = Arc::new(|| Err(CudaError::NoGpu));
-    let team = Team::start(2, Queue::new(16, 100), &open).unwrap();
+    let team = Team::start(2, Queue::new(16, 100), &open, Builder::new).unwrap();
     told(team.queue.push(job(&place(99), 0, 99, filling(0)))).unwrap();
     assert_eq!(told(team.queue.finish()), Err(CudaError::NoGpu));
 }
