@@ -20,7 +20,7 @@ fn results() -> PathBuf {
     root.expect("run inside the repository, or set DIST_REPO to it").join("benches/results")
 }
 
-/// GPUs that predictions were fitted to.
+/// GPUs whose records are here. The price of a launch was fitted to the H100's.
 const GPUS: [&str; 2] = ["H100", "H200"];
 
 /// The records with that in their name that are of one of these GPUs.
