@@ -16,7 +16,7 @@ use crate::checkpoint::Checkpoint;
 use crate::decoder::{Decoder, LoadError, OnProgress};
 use crate::rank::Leader;
 use crate::request::{Event, Request, RequestId};
-use crate::runner::{Comms, RunError, Runner, Usage};
+use crate::runner::{Comms, RunError, Runner, Usage, with_causes};
 use crate::scheduler::{Limits, RequestError, Scheduler, Stats};
 use crate::step::StepBatch;
 use crate::tokenizer::Tokenizer;
@@ -176,7 +176,7 @@ impl<B: Backend> Engine<B> {
                 if let Followers::Ranks(leader) = &engine.followers
                     && error.lost().is_none()
                 {
-                    leader.fail(&error.to_string());
+                    leader.fail(&with_causes(error));
                 }
             })
         })
@@ -191,7 +191,7 @@ impl<B: Backend> Engine<B> {
             return Err(EngineError::Broken { first: first.clone() });
         }
         let result = work(self);
-        self.broken = result.as_ref().err().map(ToString::to_string);
+        self.broken = result.as_ref().err().map(|error| with_causes(error));
         result
     }
 

@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::engine::EngineError;
-use crate::runner::{RunError, Runner, Usage};
+use crate::runner::{RunError, Runner, Usage, with_causes};
 use crate::step::StepBatch;
 
 /// How long a last word may take.
@@ -138,7 +138,7 @@ pub fn rank_main<B: Backend>(
             if let Some(lost) = error.lost() {
                 return Ok(Ended::Lost(lost));
             }
-            world.fail(&error.to_string());
+            world.fail(&with_causes(&error));
             Err(error)
         }
     }

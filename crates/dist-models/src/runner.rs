@@ -24,6 +24,7 @@ use arrays::{Arrays, Lasts};
 use drawn::{Drawn, Draws, Flight, arrive};
 use graphs::{Graphs, sizes};
 
+pub(crate) use error::with_causes;
 pub use error::{RunError, Suspect, Suspects};
 
 /// A rank's groups, one a mesh axis.
@@ -187,7 +188,7 @@ impl<B: Backend> Runner<B> {
             return Err(RunError::Broken { first: first.clone() });
         }
         let result = work(self);
-        self.broken = result.as_ref().err().map(ToString::to_string);
+        self.broken = result.as_ref().err().map(|error| with_causes(error));
         result
     }
 

@@ -164,7 +164,7 @@ fn told_load(console: &Console, rank: Rank, start: Instant) {
 fn fail(world: &World, error: anyhow::Error, locals: &mut LocalRanks) -> anyhow::Error {
     let is_loss = error.downcast_ref::<EngineError>().is_some_and(|error| error.lost().is_some());
     if !is_loss {
-        world.fail(&error.to_string());
+        world.fail(&format!("{error:#}"));
     }
     explain(error, locals)
 }

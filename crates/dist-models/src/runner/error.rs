@@ -1,6 +1,7 @@
 //! Why a step could not be run, for whoever has to find out.
 
-use std::fmt;
+use std::error::Error;
+use std::fmt::{self, Write as _};
 
 use dist_comm::CommError;
 use dist_core::Rank;
@@ -13,7 +14,7 @@ pub enum RunError {
     #[error(transparent)]
     Kernel(#[from] KernelError),
     /// The device, in the middle of a step.
-    #[error("{suspects}: {source}")]
+    #[error("{suspects}")]
     Step {
         /// Where, and which step it was or may have been.
         suspects: Box<Suspects>,
@@ -21,7 +22,7 @@ pub enum RunError {
         source: KernelError,
     },
     /// The device, at the start.
-    #[error("the decode step of {rows} rows could not be recorded on {rank}: {source}")]
+    #[error("the decode step of {rows} rows could not be recorded on {rank}")]
     Record {
         /// Rows of the step.
         rows: usize,
@@ -82,6 +83,17 @@ impl fmt::Display for Suspects {
         }
         write!(f, " failed on {}", self.rank)
     }
+}
+
+/// An error and what is behind it in one sentence, for whoever gets no more than a text.
+pub(crate) fn with_causes(error: &dyn Error) -> String {
+    let mut told = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        let _ = write!(told, ": {next}");
+        cause = next.source();
+    }
+    told
 }
 
 impl RunError {
