@@ -11,6 +11,7 @@ mod tokenizer;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::Builder;
 
 use dist_core::{DType, ModelConfig, Rank, TensorSpec, decoder_specs};
 
@@ -121,7 +122,7 @@ impl ExportRequest<'_> {
             paths: &paths,
             piece_bytes: PieceBytes::USUAL,
         };
-        let copied = copy::run(&order, watch)?;
+        let copied = copy::run(&order, watch, Builder::new)?;
         let tokenizer = tokenizer::write(self.source, &target)?;
         let mut manifest = Manifest {
             schema_version: manifest::SCHEMA_VERSION,

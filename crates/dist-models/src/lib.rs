@@ -56,6 +56,7 @@ pub mod checkpoint;
 pub mod decoder;
 pub mod engine;
 pub mod export;
+mod helpers;
 pub mod kv_blocks;
 pub mod manifest;
 pub mod rank;

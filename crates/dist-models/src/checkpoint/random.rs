@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 use std::sync::Mutex;
+use std::thread::Builder;
 
 use dist_core::philox::{NormalTable, stream_key};
 use dist_core::{DType, TensorSpec};
@@ -11,6 +12,7 @@ use half::f16;
 
 use super::error::CheckpointError;
 use super::map::Fresh;
+use crate::helpers::with_helpers;
 
 /// Standard deviation of every weight.
 const STD_DEV: f64 = 0.02;
@@ -136,12 +138,7 @@ impl Random {
                 self.fill_chunk(key, region, idx * CHUNK, chunk, &encode);
             }
         };
-        std::thread::scope(|scope| {
-            for _ in 1..n_threads {
-                scope.spawn(work);
-            }
-            work();
-        });
+        with_helpers(n_threads.saturating_sub(1), Builder::new, work, work);
     }
 
     /// The elements from local index `local` on.

@@ -8,6 +8,7 @@ mod writer;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, SendError, SyncSender, channel, sync_channel};
+use std::thread::Builder;
 
 use dist_core::{DType, TensorSpec};
 use sha2::{Digest as _, Sha256};
@@ -76,12 +77,16 @@ enum Told {
     End { tensor: usize, digest: Digest },
 }
 
-/// Copies everything; the files are on the disk when it returns.
-pub(super) fn run(order: &Order<'_>, watch: Watch<'_>) -> Result<Copied, ExportError> {
+/// Copies everything; the files are on the disk when it returns. `thread` begins the writer's.
+pub(super) fn run(
+    order: &Order<'_>,
+    watch: Watch<'_>,
+    thread: fn() -> Builder,
+) -> Result<Copied, ExportError> {
     let (told, pieces) = sync_channel(AHEAD);
     let (give_back, spare) = channel();
     std::thread::scope(|scope| {
-        let writing = scope.spawn(move || {
+        let write = move || {
             let mut writer = Writer::new(order);
             for piece in pieces {
                 if let Some(bytes) = writer.take(piece)? {
@@ -90,7 +95,8 @@ pub(super) fn run(order: &Order<'_>, watch: Watch<'_>) -> Result<Copied, ExportE
                 }
             }
             writer.finish()
-        });
+        };
+        let writing = thread().spawn_scoped(scope, write).map_err(ExportError::Thread)?;
         let total_bytes = order.jobs.iter().map(|job| job.target.n_bytes() as u64).sum();
         let progress = Progress { done_bytes: 0, total_bytes };
         let mut reader = Reader { order, told, spare, raw: Vec::new(), watch, progress };

@@ -62,6 +62,9 @@ pub enum ExportError {
         /// What the system said.
         source: io::Error,
     },
+    /// The thread that writes could not be started.
+    #[error("no thread could be started to write the files; the target is as it was")]
+    Thread(#[source] io::Error),
     /// A value that the type cannot hold.
     #[error("{tensor}: has {value}, which {dtype} cannot hold")]
     Overflow {
@@ -123,6 +126,10 @@ impl ExportError {
                 "free space, or choose another --out".to_owned()
             }
             Self::Write { .. } => "check that you may write there, and that the disk is not full".to_owned(),
+            Self::Thread(_) => {
+                "raise the limit of processes: see `ulimit -u`, and the container's own (docker run --pids-limit)"
+                    .to_owned()
+            }
             Self::Overflow { .. } => "use --dtype bf16, which has f32's range".to_owned(),
             Self::Source { .. } => {
                 "a byte has changed: dist-cli shard --verify says in which file".to_owned()

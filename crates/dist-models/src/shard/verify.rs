@@ -5,12 +5,14 @@ use std::ops::{ControlFlow, Range};
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::thread::Builder;
 
 use dist_core::TensorSpec;
 use sha2::{Digest as _, Sha256};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, Findings, OpenOptions};
 use crate::export::{ExportError, Progress, Watch};
+use crate::helpers::with_helpers;
 use crate::manifest::Digest;
 use crate::manifest::layout::Slot;
 
@@ -112,18 +114,15 @@ fn compare(
             }
         }
     };
-    std::thread::scope(|scope| {
-        let helpers: Vec<_> = (1..N_THREADS).map(|_| scope.spawn(|| work(&mut || {}))).collect();
+    let own = || {
         work(&mut || {
             let done_bytes = done.load(Ordering::Relaxed);
             if watch(Progress { done_bytes, total_bytes }) == ControlFlow::Break(()) {
                 stop.store(true, Ordering::Relaxed);
             }
         });
-        for helper in helpers {
-            helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        }
-    });
+    };
+    with_helpers(N_THREADS - 1, Builder::new, || work(&mut || {}), own);
     if stop.load(Ordering::Relaxed) {
         return Err(ExportError::Interrupted);
     }

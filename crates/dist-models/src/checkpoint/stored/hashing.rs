@@ -4,6 +4,7 @@
 use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::Builder;
 
 use dist_kernels::weight::HostBytes;
 use sha2::{Digest as _, Sha256};
@@ -53,7 +54,7 @@ impl std::fmt::Debug for Job {
 impl Hashing {
     /// Takes a job in; gives it back where there is no thread to take it.
     pub(super) fn push(&mut self, job: Job) -> Result<(), Job> {
-        let running = self.running.get_or_insert_with(start);
+        let running = self.running.get_or_insert_with(|| start(Builder::new));
         running.jobs.send(job).map_err(|refused| refused.0)?;
         self.n_out += 1;
         Ok(())
@@ -73,7 +74,8 @@ impl Hashing {
     }
 }
 
-fn start() -> Running {
+/// `thread` begins each of them.
+fn start(thread: fn() -> Builder) -> Running {
     let (jobs, todo) = channel::<Job>();
     let (done, hashed) = channel();
     let todo = Arc::new(Mutex::new(todo));
@@ -81,7 +83,7 @@ fn start() -> Running {
     for _ in 0..n_threads {
         let (todo, done) = (Arc::clone(&todo), done.clone());
         // A thread that cannot be started leaves its work to the others; without any, `push` gives jobs back.
-        let _ = std::thread::Builder::new().name("hashing".to_owned()).spawn(move || work(&todo, &done));
+        let _ = thread().name("hashing".to_owned()).spawn(move || work(&todo, &done));
     }
     Running { jobs, hashed }
 }
@@ -98,12 +100,13 @@ fn work(todo: &Mutex<Receiver<Job>>, done: &Sender<Hashed>) {
     }
 }
 
-/// The hash of all pieces together.
+/// The hash of all pieces together, read to `chunk`, whatever its size.
 pub(super) fn hash(pieces: &[(HostBytes, usize, usize)], chunk: &mut [u8]) -> io::Result<Digest> {
     let mut hasher = Sha256::new();
     for (bytes, at, len) in pieces {
         for first in (0..*len).step_by(chunk.len()) {
-            let chunk = &mut chunk[..CHUNK.min(len - first)];
+            let n = chunk.len().min(len - first);
+            let chunk = &mut chunk[..n];
             bytes.copy_to(at + first, chunk)?;
             hasher.update(&chunk);
         }
@@ -114,6 +117,22 @@ pub(super) fn hash(pieces: &[(HostBytes, usize, usize)], chunk: &mut [u8]) -> io
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn where_no_thread_can_be_started_the_job_comes_back_and_any_buffer_will_do() {
+        let bytes: Vec<u8> = (0..CHUNK as u32 + 77).map(|i| (i * 31) as u8).collect();
+        let expected = Digest(Sha256::digest(&bytes[3..]).into());
+        // No address space has room for such a stack.
+        let running = start(|| Builder::new().stack_size(1 << 60));
+        let mut hashing = Hashing { running: Some(running), n_out: 0 };
+        let whole = HostBytes::new(bytes.clone());
+        let pieces = vec![(whole.clone(), 3, LARGE), (whole, 3 + LARGE, bytes.len() - 3 - LARGE)];
+        let Job { pieces, .. } = hashing.push(Job { file: 0, tensor: "t".to_owned(), pieces }).unwrap_err();
+        for n_bytes in [1000, LARGE, CHUNK, 4 * CHUNK] {
+            assert_eq!(hash(&pieces, &mut vec![0; n_bytes]).unwrap(), expected, "{n_bytes}");
+        }
+        assert!(hashing.next().is_none());
+    }
 
     #[test]
     fn every_tensor_is_told_with_its_hash() {

@@ -18,8 +18,16 @@ fn fixture(name: &str) -> PathBuf {
     root.expect("run inside the repository, or set DIST_REPO to it").join("tests/fixtures").join(name)
 }
 
-/// The files and the hashes of a copy in pieces of this size.
-fn copy(name: &str, dtype: Option<DType>, piece_bytes: PieceBytes) -> (Vec<Vec<u8>>, Vec<Vec<Digest>>) {
+/// The files and the hashes of a copy.
+type Files = (Vec<Vec<u8>>, Vec<Vec<Digest>>);
+
+/// A copy in pieces of this size; `thread` begins the writer's.
+fn try_copy(
+    name: &str,
+    dtype: Option<DType>,
+    piece_bytes: PieceBytes,
+    thread: fn() -> Builder,
+) -> Result<Files, ExportError> {
     let dir = tempfile::tempdir().unwrap();
     let source = Checkpoint::open(&fixture(name), &OpenOptions { mmap: false }).unwrap();
     let split = Split::even(source.config(), 3, 2);
@@ -32,8 +40,21 @@ fn copy(name: &str, dtype: Option<DType>, piece_bytes: PieceBytes) -> (Vec<Vec<u
     let jobs = request.jobs(&outline).unwrap();
     let order =
         Order { source: &source, jobs: &jobs, split, files: &outline.files, paths: &paths, piece_bytes };
-    let copied = run(&order, &mut |_| ControlFlow::Continue(())).unwrap();
-    (paths.iter().map(|path| std::fs::read(path).unwrap()).collect(), copied.parts)
+    let copied = run(&order, &mut |_| ControlFlow::Continue(()), thread)?;
+    Ok((paths.iter().map(|path| std::fs::read(path).unwrap()).collect(), copied.parts))
+}
+
+fn copy(name: &str, dtype: Option<DType>, piece_bytes: PieceBytes) -> Files {
+    try_copy(name, dtype, piece_bytes, Builder::new).unwrap()
+}
+
+#[test]
+fn a_writer_that_cannot_be_started_is_told() {
+    // No address space has room for such a stack.
+    let thread = || Builder::new().stack_size(1 << 60);
+    let error = try_copy("gpt2-erf-inner", None, PieceBytes::USUAL, thread).unwrap_err();
+    assert!(matches!(error, ExportError::Thread(_)), "{error}");
+    assert!(error.help().unwrap().contains("ulimit -u"));
 }
 
 #[test]
