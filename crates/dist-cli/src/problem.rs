@@ -8,6 +8,8 @@ use dist_models::checkpoint::CheckpointError;
 use dist_models::decoder::LoadError;
 use dist_models::engine::EngineError;
 use dist_models::export::ExportError;
+use dist_models::export::probe::ProbeError;
+use dist_models::runner::RunError;
 use dist_models::tokenizer::TokenizerError;
 
 /// Whose turn it is, as the process's exit code.
@@ -80,10 +82,19 @@ pub fn help_of(error: &anyhow::Error) -> Option<String> {
 
 /// What libraries' errors know to do. Transparent ones hide what they hold from the chain, so they are opened here.
 fn library_help(cause: &(dyn Error + 'static)) -> Option<String> {
-    if let Some(EngineError::Load(LoadError::Checkpoint(error))) = cause.downcast_ref() {
+    if let Some(error) = cause.downcast_ref() {
+        return engine_help(error);
+    }
+    if let Some(ProbeError::Engine(error)) = cause.downcast_ref() {
+        return engine_help(error);
+    }
+    if let Some(error) = cause.downcast_ref() {
+        return load_help(error);
+    }
+    if let Some(RunError::Kernel(error)) = cause.downcast_ref() {
         return error.help();
     }
-    if let Some(KernelError::Cuda(error)) = cause.downcast_ref() {
+    if let Some(error) = cause.downcast_ref::<KernelError>() {
         return error.help();
     }
     if let Some(error) = cause.downcast_ref::<ExportError>() {
@@ -93,6 +104,26 @@ fn library_help(cause: &(dyn Error + 'static)) -> Option<String> {
         return error.help();
     }
     cause.downcast_ref::<CheckpointError>()?.help()
+}
+
+fn engine_help(error: &EngineError) -> Option<String> {
+    match error {
+        EngineError::Load(error) => load_help(error),
+        EngineError::Kernel(error) | EngineError::Run(RunError::Kernel(error)) => error.help(),
+        // The device's error is behind it in the chain, if there is one.
+        EngineError::Run(_)
+        | EngineError::Control(_)
+        | EngineError::FollowerLost { .. }
+        | EngineError::Broken { .. } => None,
+    }
+}
+
+fn load_help(error: &LoadError) -> Option<String> {
+    match error {
+        LoadError::Checkpoint(error) => error.help(),
+        LoadError::Kernel(error) => error.help(),
+        LoadError::Range { .. } | LoadError::BrokenOff { .. } => None,
+    }
 }
 
 /// The few names that `name` may have been meant for, best first.
@@ -115,7 +146,7 @@ pub fn did_you_mean<'a>(name: &str, names: impl IntoIterator<Item = &'a str>) ->
 #[cfg(test)]
 mod tests {
     use dist_kernels::cuda::driver::CudaError;
-    use dist_models::runner::{RunError, Suspect, Suspects};
+    use dist_models::runner::{Suspect, Suspects};
 
     use super::*;
 
@@ -141,11 +172,39 @@ mod tests {
         let suspects = Box::new(Suspects { rank: dist_core::Rank(0), steps: steps.to_vec() });
         let error = anyhow::Error::new(EngineError::Run(RunError::Step { suspects, source: driver.into() }));
         let told = error.to_string();
-        let start =
-            "step 12 (the graph of 8 rows) or step 13 (the graph of 8 rows) failed on rank 0: cuEvent";
-        assert!(told.starts_with(start), "{told}");
+        let expected = "step 12 (the graph of 8 rows) or step 13 (the graph of 8 rows) failed on rank 0";
+        assert_eq!(told, expected);
+        // What the device says is told once, behind it.
+        let causes: Vec<String> = error.chain().skip(1).map(ToString::to_string).collect();
+        assert!(causes.len() == 1 && causes[0].starts_with("cuEventSynchronize failed for"), "{causes:?}");
         let help = help_of(&error).expect("the driver's");
         assert!(help.contains("--no-graphs"), "{help}");
+    }
+
+    #[test]
+    fn what_a_device_says_while_a_model_is_loaded_has_help_wherever_it_is_kept() {
+        let errors: [fn(KernelError) -> anyhow::Error; 8] = [
+            |error| EngineError::Load(LoadError::Kernel(error)).into(),
+            |error| EngineError::Kernel(error).into(),
+            |error| EngineError::Run(RunError::Kernel(error)).into(),
+            |error| {
+                EngineError::Run(RunError::Record { rows: 1, rank: dist_core::Rank(0), source: error }).into()
+            },
+            |error| ProbeError::Engine(EngineError::Kernel(error)).into(),
+            |error| LoadError::Kernel(error).into(),
+            |error| RunError::Kernel(error).into(),
+            |error| Problem::failed("no").because(error).into(),
+        ];
+        for keep in errors {
+            let memory = CudaError::OutOfMemory { what: "a weight".to_owned(), needed: 9, free: 5 };
+            let error = keep(memory.into());
+            let told: Vec<String> = error.chain().map(ToString::to_string).collect();
+            assert!(told.join("\n").contains("9 bytes needed, 5 available"), "{told:?}");
+            let help = help_of(&error).unwrap_or_else(|| panic!("no help: {told:?}"));
+            assert!(help.contains("--max-batch-tokens") && help.contains("another GPU"), "{help}");
+            let error = keep(CudaError::NoThread { why: "no".to_owned() }.into());
+            assert!(help_of(&error).is_some_and(|help| help.contains("ulimit -u")), "{error:#}");
+        }
     }
 
     #[test]

@@ -116,11 +116,7 @@ fn for_n_ranks(request: DeviceRequest, n: usize) -> anyhow::Result<(DeviceReques
 }
 
 fn gpu_problem(error: KernelError) -> Problem {
-    let help = match &error {
-        KernelError::Cuda(error) => error.help(),
-        _ => None,
-    };
-    let help = help.unwrap_or_else(|| "use --device cpu".to_owned());
+    let help = error.help().unwrap_or_else(|| "use --device cpu".to_owned());
     Problem::failed("the GPU cannot be used").because(error).help(help)
 }
 
