@@ -12,7 +12,7 @@ use half::f16;
 
 use super::error::CheckpointError;
 use super::map::Fresh;
-use crate::helpers::with_helpers;
+use crate::spare_threads::with_helpers;
 
 /// Standard deviation of every weight.
 const STD_DEV: f64 = 0.02;

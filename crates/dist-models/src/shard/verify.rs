@@ -12,9 +12,9 @@ use sha2::{Digest as _, Sha256};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, Findings, OpenOptions};
 use crate::export::{ExportError, Progress, Watch};
-use crate::helpers::with_helpers;
 use crate::manifest::Digest;
 use crate::manifest::layout::Slot;
+use crate::spare_threads::with_helpers;
 
 /// Hashing is bound by the cores, and more than two seldom read a disk faster.
 const N_THREADS: usize = 2;
