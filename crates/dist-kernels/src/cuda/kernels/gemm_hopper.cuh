@@ -14,13 +14,13 @@ struct GemmShape {
     static constexpr int PART = BN % 64 == 0 ? 64 : 32, BOX = PART * 32;
     static constexpr int UNIT = 32, UNITS = BN / UNIT;
     static constexpr int STAGE = (BM + BN) * 128, A_BYTES = BM * 128;
-    static constexpr int FIT = (232448 - 16 * BOX - 256) / STAGE;
+    static constexpr int FIT = (SHARED_MOST - 16 * BOX - 256) / STAGE;
     static constexpr int S = FIT < 8 ? FIT : 8;
-    static constexpr int ALL_BOXES = MI * BN / PART, ROOM = (232448 - 256 - S * STAGE) / (8 * BOX);
+    static constexpr int ALL_BOXES = MI * BN / PART, ROOM = (SHARED_MOST - 256 - S * STAGE) / (8 * BOX);
     static constexpr int BOXES = ROOM >= ALL_BOXES ? ALL_BOXES : 2;
     static constexpr int STAGING = BOXES * BOX;  // of a warp, or a unit in f32
     static constexpr int STAGING_AT = S * STAGE, BARRIERS = STAGING_AT + 8 * STAGING, SHARED = BARRIERS + 2 * S * 8;
-    static_assert(BM % 128 == 0 && BN % 32 == 0 && S >= 3 && SHARED <= 232448, "shape");
+    static_assert(BM % 128 == 0 && BN % 32 == 0 && S >= 3 && SHARED <= SHARED_MOST, "shape");
     static_assert(STAGING >= 2048 && STAGING % 1024 == 0 && ALL_BOXES % BOXES == 0, "boxes");
 };
 
@@ -38,15 +38,7 @@ DEVICE void copy_box_to(u32 to, const TensorMap* map, int x, int y, u32 barrier,
         : "memory");
 }
 
-// Barriers of the ring. What they order is the copy engine's and the tensor cores' work, so nothing is flushed for a
-// cluster's sake: at cluster scope each would cost a fence of all memory or the first cache.
-DEVICE void slot_wait(u32 barrier, int parity) {
-    asm volatile(
-        "{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra AGAIN; }" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
-// `barrier` is an address of the cluster.
+// As for `slot_wait`, nothing is flushed. `barrier` is an address of the cluster.
 DEVICE void slot_release(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }

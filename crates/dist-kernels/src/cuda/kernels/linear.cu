@@ -21,7 +21,7 @@ struct LinearShape {
     static constexpr int SUMS = ALL ? WK : 1;
     static constexpr int SUM_BUFFERS = ALL ? WK : (WK > 1 ? WK / 2 : 1);
     static constexpr int SUM_FLOATS = NT * 8 * LD;
-    static constexpr int FIT = (SHARED_MOST - SUM_BUFFERS * SUM_FLOATS * 4) / STAGE, S = IS_SMALL && FIT < S_ ? FIT : S_;
+    static constexpr int FIT = (SHARED_MOST - SUM_BUFFERS * SUM_FLOATS * 4) / STAGE, S = FIT < S_ ? FIT : S_;
     static constexpr int SHARED = S * STAGE + SUM_BUFFERS * SUM_FLOATS * 4;
     static_assert(S >= 2 && SHARED <= SHARED_MOST, "a ring");
     // Rows lie as they are, with every other one's halves of 128 bytes swapped, against bank conflicts.

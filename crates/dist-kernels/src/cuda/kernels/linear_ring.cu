@@ -13,12 +13,12 @@ template <int WG_, int NT_, int U_>
 struct RingShape {
     static constexpr int WG = WG_, NT = NT_, U = U_, MOST = 16;
     static constexpr int WK = 2 / WG, MW = 1;
-    static constexpr int TN = 64 * WG, KC = 64 * U, CHUNKS = KC / 8;
+    static constexpr int TN = 64 * WG, KC = 64 * U;
     static constexpr int X_BYTES = NT * 8 * KC * 2;
     static constexpr int LD = TN + 4;
     static constexpr bool ALL = true;
     static constexpr int SUMS = WK, SUM_FLOATS = NT * 8 * LD;
-    static constexpr int SHARED = 232448 - 1024;
+    static constexpr int SHARED = SHARED_MOST - 1024;
     static constexpr int BARRIERS_AT = SHARED - 2 * MOST * 8, SUMS_AT = BARRIERS_AT - SUMS * SUM_FLOATS * 4;
     static constexpr int RING_ALONE = BARRIERS_AT, RING = SUMS_AT;
 };
@@ -39,14 +39,6 @@ struct Ring {
         if (++slot == stages) slot = 0, round++;
     }
 };
-
-// Without a fence for a cluster's sake: what these order is copies and tensor cores.
-DEVICE void slot_wait(u32 barrier, int parity) {
-    asm volatile(
-        "{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra AGAIN; }" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
 
 // Starts the products of one stage for this group of warps.
 template <class T, class Sh>

@@ -124,6 +124,14 @@ DEVICE void barrier_wait(u32 barrier, int parity) {
         "r"(parity)
         : "memory");
 }
+// The same for a ring that the copy engine and the tensor cores share: nothing is flushed for a cluster's sake, which would
+// cost a fence of all memory or the first cache each time.
+DEVICE void slot_wait(u32 barrier, int parity) {
+    asm volatile(
+        "{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra AGAIN; }" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
 
 // A map of a matrix for the copy engine, made by the host.
 struct alignas(64) TensorMap {

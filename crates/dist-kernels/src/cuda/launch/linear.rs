@@ -8,7 +8,7 @@ use crate::cuda::args::{Address, GemmParams, LinearParams};
 use crate::cuda::backend::{CudaBackend, grown};
 use crate::cuda::buf::CudaBuf;
 use crate::cuda::choice::{self, Boxes, Chip};
-use crate::cuda::driver::{EpilogueKind, Operands, ProductShape, TensorMapSpec};
+use crate::cuda::driver::{EpilogueKind, Operands, ProductShape, TensorMap, TensorMapSpec};
 use crate::cuda::plans::{PlanKey, bucket};
 use crate::error::Result;
 use crate::weight::Weight;
@@ -193,13 +193,20 @@ impl CudaBackend {
         let Some(Boxes { x, weight }) = choice.boxes else {
             return self.launch(kernel, &launch, &params, &[]);
         };
-        let map = |address, (rows, ld), box_rows: usize| {
-            let (box_rows, box_columns) = (box_rows as u32, 64);
-            self.context.tensor_map(&TensorMapSpec { address, rows, columns: k, ld, box_rows, box_columns })
-        };
-        let x = map(params.x, (rows, k), x)?;
-        let weight = map(params.weight, (n, params.ld_weight as usize), weight)?;
+        let x = self.map(params.x, (rows, k, k), (x, 64))?;
+        let weight = self.map(params.weight, (n, k, params.ld_weight as usize), (weight, 64))?;
         self.launch(kernel, &launch, &params, &[&x, &weight])
+    }
+
+    /// How the copy engine finds boxes of a matrix: its rows, columns and row length; rows and columns of a box.
+    fn map(
+        &self,
+        address: Address,
+        (rows, columns, ld): (usize, usize, usize),
+        (box_rows, box_columns): (usize, u32),
+    ) -> Result<TensorMap> {
+        let box_rows = box_rows as u32;
+        Ok(self.context.tensor_map(&TensorMapSpec { address, rows, columns, ld, box_rows, box_columns })?)
     }
 
     /// Many rows, or rows that are not aligned.
@@ -220,15 +227,11 @@ impl CudaBackend {
         let ((below, beside), (bm, bn)) = (choice.cluster, choice.tile);
         let symbol = format!("{}_{}", choice.symbol, suffix(product.dtype));
         let kernel = self.kernels.get("gemm_hopper", &symbol)?;
-        let map = |address, (rows, columns, ld), box_rows: usize, box_columns| {
-            let box_rows = box_rows as u32;
-            self.context.tensor_map(&TensorMapSpec { address, rows, columns, ld, box_rows, box_columns })
-        };
-        let x = map(linear.x, (rows, k, k), bm / beside, 64)?;
-        let weight = map(linear.weight, (n, k, linear.ld_weight as usize), bn / below, 64)?;
+        let x = self.map(linear.x, (rows, k, k), (bm / beside, 64))?;
+        let weight = self.map(linear.weight, (n, k, linear.ld_weight as usize), (bn / below, 64))?;
         // Not read where the copy engine does not store.
         let stores = linear.out_f32 == 0 && n % 8 == 0;
-        let out = if stores { map(linear.out, (rows, n, n), GEMM_BOX_ROWS, kernel.part)? } else { x };
+        let out = if stores { self.map(linear.out, (rows, n, n), (GEMM_BOX_ROWS, kernel.part))? } else { x };
         let params = GemmParams {
             linear,
             rows_of_cluster: below as i32,
