@@ -1,5 +1,5 @@
 //! Predictions against what a GPU was measured to take: the records of `benchmark`, with the ceilings that they hold.
-//! Whatever they are made of anew is read; a record that is not there, or of another GPU, says nothing here.
+//! Whatever they are made of anew is read; one of another GPU says nothing here.
 
 #![allow(clippy::print_stdout, reason = "shown with --nocapture: how far predictions are off")]
 
@@ -89,7 +89,7 @@ fn predicted(record: &Value, result: &Value) -> Option<(f64, f64)> {
 /// Every cell of every record: what is predicted is within `tolerance` of what was measured.
 #[track_caller]
 fn check(part: &str, what: &str, tolerance: f64, of: impl Fn(&Value, &Value) -> Option<f64>) {
-    let mut off = Vec::new();
+    let (mut off, mut n_cells) = (Vec::new(), 0);
     for (name, record) in records(part) {
         for result in record["results"].as_array().expect("cells") {
             let (Some(predicted), Some(measured)) = (of(&record, result), result[what]["p50"].as_f64())
@@ -97,6 +97,7 @@ fn check(part: &str, what: &str, tolerance: f64, of: impl Fn(&Value, &Value) -> 
                 continue;
             };
             let (batch, ratio) = (&result["batch"], predicted / measured);
+            n_cells += 1;
             println!(
                 "{name}, batch {batch}: {what} {predicted:.3} predicted, {measured:.3} measured: {ratio:.3}"
             );
@@ -107,6 +108,7 @@ fn check(part: &str, what: &str, tolerance: f64, of: impl Fn(&Value, &Value) -> 
             }
         }
     }
+    assert!(n_cells > 0, "no record with {part} in its name has a {what}");
     assert!(off.is_empty(), "{what} is off, fit Overhead::H100 anew:\n{}", off.join("\n"));
 }
 
