@@ -98,12 +98,35 @@ fn linear() {
     }
 }
 
+/// What takes a block one wide pass, several passes, or the half of a long k, on a GPU of any size that there is: 160 and
+/// 381 outputs a multiprocessor of an H100, and 40 with more than twice as many inputs as outputs.
+#[test]
+fn wide_and_long_weights() {
+    let Some((_one, mut gpu)) = gpu("wide_and_long_weights") else { return };
+    let (mut cpu, mut random) = (cpu(), Random::new());
+    for (i, rows) in [1, 9, 16, 31, 33, 64].into_iter().enumerate() {
+        for (j, (n, k)) in [(20_488, 72), (50_257, 72), (4_232, 8_472)].into_iter().enumerate() {
+            let dtype = TYPES[(i + j) % 2];
+            let product = Product::new(&mut random, (rows, n, k), dtype);
+            let what = format!("linear {dtype} {rows} rows, {n} x {k}");
+            if j == 1 {
+                let expected = product.logits(&mut cpu, DType::F32);
+                assert_near(&what, &product.logits(&mut gpu, dtype), &expected, 2e-6);
+            }
+            let form = (Layout::Nk, 1);
+            let expected = product.run(&mut cpu, DType::F32, form, Some(Activation::GeluTanh));
+            let found = product.run(&mut gpu, dtype, form, Some(Activation::GeluTanh));
+            assert_near(&what, &found, &expected, bound(dtype));
+        }
+    }
+}
+
 #[test]
 fn a_row_gives_the_same_bits_alone_and_among_others() {
     let Some((_one, mut gpu)) = gpu("a_row_gives_the_same_bits_alone_and_among_others") else { return };
     let mut random = Random::new();
     for rows in [8, 16, 32, 64, 200] {
-        for (n, k) in [(777, 1032), (3072, 768)] {
+        for (n, k) in [(777, 1032), (3072, 768), (20_488, 72), (26_000, 72)] {
             let all = Product::new(&mut random, (rows, n, k), DType::BF16);
             let mut run = |product: &Product| product.run(&mut gpu, DType::BF16, (Layout::Nk, 1), None);
             let found = run(&all);

@@ -202,7 +202,7 @@ mod tests {
         assert!(blackwell.len() == ampere.len() && blackwell.iter().all(|line| line.ends_with("sm_120")));
         let hopper = told(&["sm_90a"]);
         assert!(
-            hopper.contains(&"linear_hopper sm_90a".to_owned()) && hopper.contains(&"norm sm_90".to_owned())
+            hopper.contains(&"linear_ring sm_90a".to_owned()) && hopper.contains(&"norm sm_90".to_owned())
         );
         assert_eq!(told(&[]).len(), ampere.len() + hopper.len());
         assert_eq!(told(&["sm_90a", "sm_80", "sm_90"]), told(&[]));

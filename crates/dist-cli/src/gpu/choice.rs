@@ -286,7 +286,7 @@ mod tests {
         let usable = usable(&libraries, None);
         assert!(matches!(usable.devices, Err(CudaError::Library(_))), "{usable:?}");
         assert!(
-            missing_kernels(&device(0, 9), &libraries, None).is_some_and(|why| why.contains("linear_hopper"))
+            missing_kernels(&device(0, 9), &libraries, None).is_some_and(|why| why.contains("linear_ring"))
         );
     }
 }

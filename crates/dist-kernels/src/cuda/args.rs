@@ -15,7 +15,6 @@ pub(super) struct LinearParams {
     pub(super) x: Address,
     pub(super) weight: Address,
     pub(super) bias: Address,
-    pub(super) residual: Address,
     pub(super) k_cache: Address,
     pub(super) v_cache: Address,
     pub(super) slots: Address,

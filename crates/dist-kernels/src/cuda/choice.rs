@@ -4,8 +4,8 @@
 mod gemm;
 mod streaming;
 
-pub(super) use gemm::gemm;
-pub(super) use streaming::{Boxes, Chip, streaming, streaming_rows_max};
+pub(super) use gemm::{gemm, gemm_takes};
+pub(super) use streaming::{Chip, streaming, streaming_rows_max};
 
 /// A kernel of `gemm` without its type, its tile and its threads.
 pub(super) fn gemm_general(rows: usize, n: usize, k: usize, n_sms: usize) -> (&'static str, usize, u32) {

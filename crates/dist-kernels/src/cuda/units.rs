@@ -74,25 +74,21 @@ pub const UNITS: &[Unit] = &[
         archs: GENERAL,
     },
     Unit {
-        name: "linear_hopper",
-        files: &[LINEAR_PARTS, WGMMA_PARTS, source_file!("linear_hopper.cu")],
-        variants: &[
-            variant("LINEAR_HOPPER", "linear_w2n2", &[2, 2, 2, 6]),
-            variant("LINEAR_HOPPER", "linear_w2n4", &[2, 4, 2, 5]),
-            variant("LINEAR_HOPPER", "linear_w2n8u2", &[2, 8, 2, 4]),
-        ],
-        archs: HOPPER,
-    },
-    Unit {
         name: "linear_ring",
         files: &[LINEAR_PARTS, WGMMA_PARTS, source_file!("linear_ring.cu")],
         variants: &[
-            variant("LINEAR_RING", "linear_ring_w1n2u4", &[1, 2, 4]),
-            variant("LINEAR_RING", "linear_ring_w2n2u4", &[2, 2, 4]),
-            variant("LINEAR_RING", "linear_ring_w1n4u4", &[1, 4, 4]),
+            variant("LINEAR_RING", "linear_ring_w1n1", &[1, 1, 4]),
+            variant("LINEAR_RING", "linear_ring_w2n1", &[2, 1, 4]),
+            variant("LINEAR_RING", "linear_ring_w3n1", &[3, 1, 2]),
+            variant("LINEAR_RING", "linear_ring_w1n2", &[1, 2, 4]),
+            variant("LINEAR_RING", "linear_ring_w2n2", &[2, 2, 4]),
+            variant("LINEAR_RING", "linear_ring_w3n2", &[3, 2, 2]),
+            variant("LINEAR_RING", "linear_ring_w1n4", &[1, 4, 4]),
             variant("LINEAR_RING", "linear_ring_w2n4", &[2, 4, 2]),
+            variant("LINEAR_RING", "linear_ring_w3n4", &[3, 4, 2]),
             variant("LINEAR_RING", "linear_ring_w1n8", &[1, 8, 2]),
             variant("LINEAR_RING", "linear_ring_w2n8", &[2, 8, 2]),
+            variant("LINEAR_RING", "linear_ring_w3n8", &[3, 8, 2]),
         ],
         archs: HOPPER,
     },
@@ -230,7 +226,7 @@ mod tests {
 
     #[test]
     fn a_gpu_gets_what_it_runs_best() {
-        let (general, hopper) = (Unit::find("norm").unwrap(), Unit::find("linear_hopper").unwrap());
+        let (general, hopper) = (Unit::find("norm").unwrap(), Unit::find("linear_ring").unwrap());
         let told = |unit: &Unit, capability| unit.arch_for(capability).map(|arch| arch.to_string());
         assert_eq!(told(general, (8, 0)).as_deref(), Some("sm_80"));
         assert_eq!(told(general, (8, 9)).as_deref(), Some("sm_80"));

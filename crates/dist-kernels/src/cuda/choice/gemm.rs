@@ -122,6 +122,13 @@ impl Gemm {
     }
 }
 
+/// Whether `gemm_hopper` takes as many rows and outputs: it divides what is below this.
+pub(in crate::cuda) fn gemm_takes(rows: usize, n: usize) -> bool {
+    const BELOW: usize = 1 << 21;
+    let tiles = rows.div_ceil(TILES[0].1).saturating_mul(n.div_ceil(TILES[0].2));
+    rows < BELOW / 2 && n < BELOW / 2 && tiles < BELOW
+}
+
 /// The launch for `rows` rows. What it is depends on the bucket of rows only, and so do the bits of a row.
 pub(in crate::cuda) fn gemm(rows: usize, n: usize, k: usize, chip: Chip) -> Gemm {
     let planned = bucket(rows).unwrap_or(rows);
@@ -171,6 +178,7 @@ mod tests {
         // Little to do is shared by more blocks, along the inputs.
         assert!(gemm(128, 4096, 16384, H100).splits > 1);
         assert_eq!(gemm(8192, 16384, 4096, H100).splits, 1);
+        assert!(gemm_takes(131_072, 50_257) && !gemm_takes(1 << 20, 64) && !gemm_takes(1 << 19, 1 << 19));
         // A memory that does not tell its speed.
         let unknown = Chip { bytes_per_us: 0.0, ..H100 };
         assert_eq!(gemm(128, 4096, 16384, unknown), gemm(128, 4096, 16384, H100));

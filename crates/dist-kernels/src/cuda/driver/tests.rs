@@ -225,6 +225,7 @@ fn tensor_maps_are_checked_by_the_driver() {
         ld: 64,
         box_rows: 8,
         box_columns: 64,
+        reads_ahead: true,
     };
     if !it.gpu.context.info().is_hopper_or_later() {
         return;

@@ -70,7 +70,7 @@ constexpr int MIN_CHUNKS = 16;
 // Asks for the chunk at `position` of one (block, head); from `context` on, where nothing was stored, there are zeros.
 template <class Sh>
 DEVICE void copy_chunk(const AttentionArgs& args, u32 block, int kv_head, int position, int context, u32 to, int lane) {
-    int offset = position % args.block_size;
+    int offset = position - quotient(position, args.block_size) * args.block_size;
     i64 from = (((i64)block * args.n_kv_heads + kv_head) * args.block_size + offset) * Sh::D + lane * 8;
     const u16 *k = args.k + from, *v = args.v + from;
     bool whole = position + 16 <= context;
@@ -87,7 +87,7 @@ DEVICE void copy_chunk(const AttentionArgs& args, u32 block, int kv_head, int po
 template <class T, int D, int E>
 DEVICE void store_pair(const AttentionArgs& args, float2 total, float weight, int i, int row0, int tile, int kv_head,
                        int group) {
-    int entry = 2 * i / D, at = tile * E + entry, row = at / group, head = kv_head * group + at - row * group;
+    int entry = 2 * i / D, at = tile * E + entry, row = quotient(at, group), head = kv_head * group + at - row * group;
     float inverse = weight > 0.0f ? 1.0f / weight : 0.0f;
     u16* to = args.out + ((i64)(row0 + row) * args.n_heads + head) * D + 2 * i - entry * D;
     *(u32*)to = narrow2<T>(total.x * inverse, total.y * inverse);
@@ -100,28 +100,29 @@ DEVICE void attention_decode(const AttentionArgs& args) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     let_next_start();
 
-    int seq = blockIdx.z, kv_head = blockIdx.y % args.n_kv_heads, tile = blockIdx.y / args.n_kv_heads;
+    int seq = blockIdx.z, tile = quotient(blockIdx.y, args.n_kv_heads), kv_head = blockIdx.y - tile * args.n_kv_heads;
     // Most parts begin with the first chunk: their blocks are asked for before it is known which chunks are seen.
     const u32* table = args.block_tables + (i64)seq * args.max_blocks;
-    u32 guess = table[min_of((warp + lane * WARPS) * 16 / args.block_size, args.max_blocks - 1)];
+    u32 guess = table[min_of(quotient((warp + lane * WARPS) * 16, args.block_size), args.max_blocks - 1)];
     int row0 = args.q_offsets[seq], n_rows = args.q_offsets[seq + 1] - row0;
     int context = args.context_lens[seq], first_position = context - n_rows;
-    int group = args.n_heads / args.n_kv_heads;
+    int group = quotient(args.n_heads, args.n_kv_heads);
     int n_entries = max_of(0, min_of(E, n_rows * group - tile * E));
 
     // The chunks that the tile sees, this block's part of them, and this warp's: every WARPS-th.
-    int last_row = (tile * E + n_entries - 1) / group, first_row = tile * E / group;
+    int last_row = quotient(tile * E + n_entries - 1, group), first_row = quotient(tile * E, group);
     int see_from = max_of(0, first_position + first_row - args.window + 1);
     int low = see_from / 16, high = n_entries ? div_ceil(first_position + last_row + 1, 16) : low;
     int n_chunks = max_of(0, high - low);
     // A part is at least MIN_CHUNKS chunks, because adding parts has its price.
     int size = max_of(1, min_of(gridDim.x, div_up(n_chunks, MIN_CHUNKS))), rank = blockIdx.x;
     if (rank >= size) return;
-    int begin = low + n_chunks * rank / size + warp, end = low + n_chunks * (rank + 1) / size;
+    int begin = (size == 1 ? low : low + n_chunks * rank / size) + warp;
+    int end = size == 1 ? high : low + n_chunks * (rank + 1) / size;
     int mine = begin < end ? div_ceil(end - begin, WARPS) : 0;
 
     u32 ring = shared_address(shared) + warp * Sh::RING;
-    auto block_of = [&](int i) { return i < mine ? table[(begin + i * WARPS) * 16 / args.block_size] : 0; };
+    auto block_of = [&](int i) { return i < mine ? table[quotient((begin + i * WARPS) * 16, args.block_size)] : 0; };
     u32 blocks = begin == warp ? guess : block_of(lane), next_blocks = block_of(32 + lane);
     auto load = [&](int i) {
         u32 block = __shfl_sync(~0u, blocks, i & 31);
@@ -145,7 +146,7 @@ DEVICE void attention_decode(const AttentionArgs& args) {
     int position[PER];
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-        int entry = g + e * 8, at = tile * E + entry, row = at / group, head = kv_head * group + at - row * group;
+        int entry = g + e * 8, at = tile * E + entry, row = quotient(at, group), head = kv_head * group + at - row * group;
         bool has = entry < n_entries;
         if (e < PER) position[e] = has ? first_position + row : -1;
         const u16* from = args.qkv + (i64)(row0 + row) * args.ld_qkv + head * D + t * 2;

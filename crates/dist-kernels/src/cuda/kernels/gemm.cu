@@ -3,7 +3,7 @@
 //
 // Layout: weight [n, k] with `ld_weight` from row to row, x [rows, k], out [rows, n]. The `_any` kernels take any k,
 // `ld_weight` and alignment to 2 bytes; the others want x and weight 16-byte aligned, k and `ld_weight` multiples of 8.
-// Where n is a multiple of 4, out and residual must be aligned to four elements. Bound by the tensor cores, and by
+// Where n is a multiple of 4, out must be aligned to four elements. Bound by the tensor cores, and by
 // reading the weight where rows are few.
 //
 // Rows never meet, and all of k is added by one warp in order: what a row gives does not depend on the other rows.

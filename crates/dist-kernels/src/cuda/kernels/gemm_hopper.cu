@@ -6,7 +6,7 @@
 //
 // A block owns tiles of BM rows × BN outputs. Two threads ask for stages of 64 inputs, one for the weight and one for x;
 // two groups of four warps multiply, each with half of the tile's rows, and keep the sums in registers. Where out allows
-// it (16 bits, n a multiple of 8, no residual) all of a warp's sums are finished and rounded into shared memory in
+// it (16 bits, n a multiple of 8) all of a warp's sums are finished and rounded into shared memory in
 // straight-line code and the copy engine stores them, so that the tensor cores wait for little; else they go through shared
 // memory in f32, so that stores are as wide as n allows.
 //
@@ -286,7 +286,7 @@ DEVICE void gemm_multiply(const GemmArgs& args, const GemmPlace& place, const Te
                           u32 empty) {
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = __shfl_sync(~0u, threadIdx.x >> 7, 0);
     const LinearArgs& linear = args.linear;
-    bool sends = linear.n % 8 == 0 && !linear.out_f32 && !linear.residual && (!linear.k_cache || linear.d_head % 8 == 0);
+    bool sends = linear.n % 8 == 0 && !linear.out_f32 && (!linear.k_cache || linear.d_head % 8 == 0);
     // The blocks that this one takes slices from hear when a slot is free: its row of the cluster and its column.
     int cm = args.rows_of_cluster, cn = args.columns_of_cluster;
     bool tells = lane < cm + cn - 1;
@@ -350,11 +350,9 @@ DEVICE void gemm(const GemmArgs& args, const TensorMap* x_map, const TensorMap* 
     let_next_start();
     if (threadIdx.x == 256) prefetch_map(weight_map);
     if (threadIdx.x == 288) prefetch_map(x_map);
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < Sh::S; i++) {
-            barrier_init(full + i * 8, 1);
-            barrier_init(empty + i * 8, 8 * (args.rows_of_cluster + args.columns_of_cluster - 1));
-        }
+    if (threadIdx.x < Sh::S) {
+        barrier_init(full + threadIdx.x * 8, 1);
+        barrier_init(empty + threadIdx.x * 8, 8 * (args.rows_of_cluster + args.columns_of_cluster - 1));
         barriers_ready();
     }
     GemmPlace place = gemm_place<Sh>(args);

@@ -1,7 +1,7 @@
 // What the GEMM of Hopper (gemm_hopper.cu) is made of: arguments, shape of a tile, barriers, products, place of a block.
 
 struct GemmArgs {
-    LinearArgs linear;  // `units` and `slots_of_ring` are not used
+    LinearArgs linear;  // `units` is not used
     int rows_of_cluster, columns_of_cluster, splits;
     int group, spread;
 };
@@ -134,7 +134,7 @@ DEVICE u32 piece_of(int row, int piece) {
 struct GemmPlace {
     int m, n, split;    // tile inside the cluster, and which part of k
     int cluster, step;  // first tile of tiles, and from one to the next
-    int groups_of_rows, tiles;
+    int groups_of_rows, columns, tiles;
     int first, stages;  // of k
     u16 x_mask, weight_mask;
 };
@@ -143,15 +143,17 @@ template <class Sh>
 DEVICE GemmPlace gemm_place(const GemmArgs& args) {
     GemmPlace place;
     int cm = args.rows_of_cluster, cn = args.columns_of_cluster, size = cm * cn * args.splits;
-    int rank = size > 1 ? cluster_rank() : 0, tile = rank % (cm * cn);
-    place.split = rank / (cm * cn);
-    place.m = tile % cm, place.n = tile / cm;
-    place.cluster = blockIdx.x / size, place.step = gridDim.x / size;
-    place.groups_of_rows = div_ceil(args.linear.rows, Sh::BM * cm);
-    place.tiles = place.groups_of_rows * div_ceil(args.linear.n, Sh::BN * cn);
+    int rank = size > 1 ? cluster_rank() : 0;
+    place.split = quotient(rank, cm * cn);
+    int tile = rank - place.split * cm * cn;
+    place.n = quotient(tile, cm), place.m = tile - place.n * cm;
+    place.cluster = quotient(blockIdx.x, size), place.step = quotient(gridDim.x, size);
+    place.groups_of_rows = quotient(args.linear.rows + Sh::BM * cm - 1, Sh::BM * cm);
+    place.columns = quotient(args.linear.n + Sh::BN * cn - 1, Sh::BN * cn);
+    place.tiles = place.groups_of_rows * place.columns;
     int stages = div_ceil(args.linear.k, 64);
-    place.first = stages * place.split / args.splits;
-    place.stages = stages * (place.split + 1) / args.splits - place.first;
+    place.first = quotient(stages * place.split, args.splits);
+    place.stages = quotient(stages * (place.split + 1), args.splits) - place.first;
     u32 x_mask = 0;
     for (int i = 0; i < cn; i++) x_mask |= 1u << (i * cm);
     place.x_mask = (u16)(x_mask << (rank - tile + place.m));
@@ -166,10 +168,9 @@ struct GemmCorner {
 
 template <class Sh>
 DEVICE GemmCorner corner_of(const GemmArgs& args, const GemmPlace& place, int tile) {
-    int columns = place.tiles / place.groups_of_rows, per_group = args.group * columns;
-    int group = tile / per_group, first = group * args.group;
+    int per_group = args.group * place.columns, group = quotient(tile, per_group), first = group * args.group;
     int rows = min_of(args.group, place.groups_of_rows - first), at = tile - group * per_group;
-    int column = at / rows, m = (first + at - column * rows) * args.rows_of_cluster + place.m;
+    int column = quotient(at, rows), m = (first + at - column * rows) * args.rows_of_cluster + place.m;
     int start = args.spread ? (int)__umulhi(column * 0x9E3779B9u, place.stages) : 0;
     return {m * Sh::BM, (column * args.columns_of_cluster + place.n) * Sh::BN, start};
 }

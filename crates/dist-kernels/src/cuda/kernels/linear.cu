@@ -87,7 +87,7 @@ DEVICE void linear(const LinearArgs& args) {
             multiply_stage<T, Sh>(sums, ring + slot * Sh::STAGE, wm, wk);
             slot = slot == AHEAD ? 0 : slot + 1;
         }
-        finish_pass<T, Sh>(args, outputs, row0, sums, buffers, wm, wk, Alone{});
+        finish_pass<T, Sh>(args, outputs, row0, sums, buffers, wm, wk);
     }
 }
 

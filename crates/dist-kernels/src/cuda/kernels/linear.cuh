@@ -6,13 +6,13 @@
 // A cluster of blocks owns `units` · 8 outputs and takes them in passes of up to TN; its blocks share k evenly. A block
 // keeps a ring of stages in shared memory: TN pieces of weight rows and 8 · NT pieces of rows of x, by cp.async, or by the
 // copy engine (linear_ring.cu). Tensor cores multiply with the weight as the left operand, so a row of x is a column of the
-// product and never meets another row: what a row gives does not depend on the other rows. The warps that share k are added
-// in a fixed order, then the blocks of the cluster, over distributed shared memory.
+// product and never meets another row: what a row gives does not depend on the other rows. Warps and blocks that share k
+// are added in a fixed order.
 //
 // The weight's first stages are asked for before the wait for the kernel before, whose work they do not depend on.
 // Blocks begin at different places of k, so that they do not all ask the same part of L2 for x.
 //
-// Launch: grid `clusters · parts`, 256 threads (288 in linear_ring.cu), cluster (parts, 1, 1), shared memory: the module's
+// Launch: grid `clusters · parts`, 256 threads (more or fewer in linear_ring.cu), cluster (parts, 1, 1), shared memory: the module's
 // integer `<symbol>_shared`. With as many columns as clusters of `parts` run at once (on 132 multiprocessors 132, 66 and 39
 // for 1, 2 and 3), units = div_ceil(div_ceil(n, 8), columns), clusters = div_ceil(div_ceil(n, 8), units). Which variant a
 // shape takes: choice/streaming.rs.
@@ -22,7 +22,6 @@ struct LinearArgs {
     const u16* x;          // [rows, k]
     const u16* weight;     // [n, k]
     const u16* bias;       // [n] or null
-    const u16* residual;   // [rows, n] or null: added last
     u16* k_cache;          // [n_blocks, n_kv_heads, block_size, d_head] or null
     u16* v_cache;
     const int* slots;      // [rows]; negative: not stored
@@ -35,7 +34,7 @@ struct LinearArgs {
 
 DEVICE float gelu_tanh(float x) {
     float cubic = fmaf(x * x * 0.044715f, x, x);
-    return x / (1.0f + __expf(cubic * -1.5957691f));
+    return __fdividef(x, 1.0f + __expf(cubic * -1.5957691f));
 }
 DEVICE float gelu_erf(float x) { return x * 0.5f * (1.0f + erff(x * 0.70710678f)); }
 
@@ -74,7 +73,7 @@ DEVICE LinearOutputs outputs_of(const LinearArgs& args, int row0, int end, int l
     return outputs;
 }
 
-// Bias, activation, residual; then the stores of a thread's outputs of rows `row`, `row + step` … below `end`. Rows are
+// Bias and activation; then the stores of a thread's outputs of rows `row`, `row + step` … below `end`. Rows are
 // taken together so that their latencies overlap.
 template <class T, int BATCH>
 DEVICE void finish_rows(const LinearArgs& args, const LinearOutputs& outputs, int row, int step, int end,
@@ -102,23 +101,10 @@ DEVICE void finish_rows(const LinearArgs& args, const LinearOutputs& outputs, in
             for (int v = 0; v < 4; v++) {
                 if (v >= outputs.n || row + r * step >= end) continue;
                 i64 one = at + r * next + v * outputs.stride;
-                float sum = sums[r][v] + (args.residual ? widen<T>(args.residual[one]) : 0.0f);
-                if (args.out_f32) ((float*)args.out)[one] = sum; else ((u16*)args.out)[one] = narrow<T>(sum);
+                if (args.out_f32) ((float*)args.out)[one] = sums[r][v]; else ((u16*)args.out)[one] = narrow<T>(sums[r][v]);
             }
         }
         return;
-    }
-    if (args.residual) {
-        uint2 bits[BATCH];
-#pragma unroll
-        for (int r = 0; r < BATCH; r++) {
-            bits[r] = row + r * step < end ? *(const uint2*)(args.residual + at + r * next) : make_uint2(0, 0);
-        }
-#pragma unroll
-        for (int r = 0; r < BATCH; r++) {
-            float2 low = widen2<T>(bits[r].x), high = widen2<T>(bits[r].y);
-            sums[r][0] += low.x, sums[r][1] += low.y, sums[r][2] += high.x, sums[r][3] += high.y;
-        }
     }
     if (args.out_f32) {
 #pragma unroll
@@ -210,17 +196,22 @@ DEVICE void load_x(const LinearArgs& args, const LinearWalk& walk, const LinearP
 // Where block `block` begins: blocks of a launch start apart. Without a division.
 DEVICE int start_of(int block, int stages) { return (int)__umulhi(block * 0x9E3779B9u, stages); }
 
+// n / parts, for up to four parts: a division is slow, and this stands before a block's first load.
+DEVICE int share_of(int n, int parts) {
+    return parts == 1 ? n : (int)__umulhi(n, parts == 2 ? 0x80000000u : parts == 3 ? 0x55555556u : 0x40000000u);
+}
+
 // The walk of this block, which has part `part` of k if `parts` blocks share it. Divisions are slow and stand before the
 // first load, so most launches make none.
 template <class Sh>
 DEVICE LinearWalk walk_of(const LinearArgs& args, int part, int parts) {
     LinearWalk walk;
-    walk.first = (parts > 1 ? blockIdx.x / parts : blockIdx.x) * args.units * 8;
+    walk.first = share_of(blockIdx.x, parts) * args.units * 8;
     walk.end = min_of(args.n, walk.first + args.units * 8);
     int passes = div_up(args.units * 8, Sh::TN);
     walk.per_pass = (passes > 1 ? div_ceil(args.units, passes) : args.units) * 8;
     int stages = div_up(args.k, Sh::KC);
-    int s0 = parts > 1 ? stages * part / parts : 0, s1 = parts > 1 ? stages * (part + 1) / parts : stages;
+    int s0 = share_of(stages * part, parts), s1 = share_of(stages * (part + 1), parts);
     walk.k0 = s0 * Sh::KC;
     walk.k1 = min_of(args.k, s1 * Sh::KC);
     walk.stages = s1 - s0;
@@ -287,33 +278,21 @@ struct LinearFinish {
     static_assert(4 * LANES >= Sh::TN, "outputs of a pass");
 };
 
-// A block that shares its outputs with no other.
-struct Alone {
-    static constexpr int part = 0, parts = 1;
-    static constexpr DEVICE_MEMBER bool is_shared() { return false; }
-    DEVICE_MEMBER void summed() const { sync_256(); }
-    // The barrier of the next stage keeps the buffers until all have read them.
-    DEVICE_MEMBER void read() const {}
-};
-
-// A thread's outputs of one row in the buffer of block `other`.
-DEVICE void load_outputs(float (&x)[4], const float* at, const LinearOutputs& outputs, bool is_shared, u32 other) {
+// A thread's outputs of one row in a buffer.
+DEVICE void load_outputs(float (&x)[4], const float* at, const LinearOutputs& outputs) {
     if (outputs.whole) {
-        float4 v = is_shared ? load_cluster4(shared_address(at), other) : *(const float4*)at;
+        float4 v = *(const float4*)at;
         x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
         return;
     }
 #pragma unroll
-    for (int v = 0; v < 4; v++) {
-        const float* one = at + min_of(v, outputs.n - 1) * outputs.stride;
-        x[v] = is_shared ? load_cluster(shared_address(one), other) : *one;
-    }
+    for (int v = 0; v < 4; v++) x[v] = at[min_of(v, outputs.n - 1) * outputs.stride];
 }
 
-// Adds the warps, then the blocks that share the outputs, and stores this block's share of the rows.
-template <class T, class Sh, class Meeting>
+// Adds the warps and stores. The barrier of the next stage keeps the buffers until all have read them.
+template <class T, class Sh>
 DEVICE void finish_pass(const LinearArgs& args, const LinearOutputs& outputs, int row0,
-                        float (&sums)[Sh::MW][Sh::NT][4], float* buffers, int wm, int wk, const Meeting& meeting) {
+                        float (&sums)[Sh::MW][Sh::NT][4], float* buffers, int wm, int wk) {
     if constexpr (Sh::ALL) {
         exchange<Sh, false>(sums, buffers + wk * Sh::SUM_FLOATS, wm);
     } else {
@@ -326,34 +305,26 @@ DEVICE void finish_pass(const LinearArgs& args, const LinearOutputs& outputs, in
         }
         if (wk == 0) exchange<Sh, false>(sums, buffers, wm);
     }
-    meeting.summed();
+    sync_256();
     using Finish = LinearFinish<Sh>;
     constexpr int SWEEP = Finish::SWEEP, BATCH = Finish::BATCH;
-    int begin = args.rows * meeting.part / meeting.parts, end = args.rows * (meeting.part + 1) / meeting.parts;
-    if (outputs.n > 0) {
+    if (outputs.n == 0) return;
 #pragma unroll 1
-        for (int row = begin + threadIdx.x / Finish::LANES; row < end; row += SWEEP * BATCH) {
-            float total[BATCH][4] = {};
-#pragma unroll 1
-            for (int other = 0; other < meeting.parts; other++) {
-                float part[BATCH][Sh::SUMS][4];
+    for (int row = threadIdx.x / Finish::LANES; row < args.rows; row += SWEEP * BATCH) {
+        float total[BATCH][4] = {}, part[BATCH][Sh::SUMS][4];
 #pragma unroll
-                for (int r = 0; r < BATCH; r++) {
+        for (int r = 0; r < BATCH; r++) {
 #pragma unroll
-                    for (int b = 0; b < Sh::SUMS; b++) {
-                        // What is in rows from `end` on is not used.
-                        int own = min_of(row + r * SWEEP, Sh::NT * 8 - 1);
-                        const float* at = buffers + b * Sh::SUM_FLOATS + own * Sh::LD + (outputs.column - row0);
-                        load_outputs(part[r][b], at, outputs, meeting.is_shared(), other);
-                    }
-                }
-#pragma unroll
-                for (int i = 0; i < BATCH * Sh::SUMS * 4; i++) {
-                    total[i / (Sh::SUMS * 4)][i % 4] += part[i / (Sh::SUMS * 4)][i / 4 % Sh::SUMS][i % 4];
-                }
+            for (int b = 0; b < Sh::SUMS; b++) {
+                // What is in rows from `args.rows` on is not used.
+                int own = min_of(row + r * SWEEP, Sh::NT * 8 - 1);
+                load_outputs(part[r][b], buffers + b * Sh::SUM_FLOATS + own * Sh::LD + (outputs.column - row0), outputs);
             }
-            finish_rows<T, BATCH>(args, outputs, row, SWEEP, end, total);
         }
+#pragma unroll
+        for (int i = 0; i < BATCH * Sh::SUMS * 4; i++) {
+            total[i / (Sh::SUMS * 4)][i % 4] += part[i / (Sh::SUMS * 4)][i / 4 % Sh::SUMS][i % 4];
+        }
+        finish_rows<T, BATCH>(args, outputs, row, SWEEP, args.rows, total);
     }
-    meeting.read();
 }

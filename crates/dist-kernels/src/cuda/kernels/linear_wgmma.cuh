@@ -1,4 +1,4 @@
-// Products of 64 weight rows and up to 64 rows of x on Hopper's tensor cores (`wgmma`), for linear_hopper.cu and linear_ring.cu.
+// Products of 64 weight rows and up to 64 rows of x on Hopper's tensor cores (`wgmma`), for linear_ring.cu.
 
 // A tile of 128-byte rows in the 128-byte swizzle, eight rows to 1,024 bytes.
 DEVICE u64 tile_descriptor(u32 address) {

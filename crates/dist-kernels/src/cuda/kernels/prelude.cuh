@@ -146,6 +146,28 @@ DEVICE void copy_box(u32 to, const TensorMap* map, int x, int y, u32 barrier) {
 }
 #endif
 
+#if HOPPER
+// Where our own shared address `address` is in block `rank` of the cluster.
+DEVICE u32 in_cluster(u32 address, u32 rank) {
+    u32 remote;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    return remote;
+}
+// Four floats to another block; its barrier counts their bytes.
+DEVICE void send_cluster4(u32 to, const float (&v)[4], u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                 "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
+                 : "memory");
+}
+#endif
+
+// An 8 × 8 matrix of 16 bits turned: lane l has two of row l / 4 before and after.
+DEVICE u32 turned(u32 bits) {
+    u32 v;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(v) : "r"(bits));
+    return v;
+}
+
 // Four 8 × 8 matrices: lane l gives the address of row l % 8 of matrix l / 8.
 DEVICE uint4 load_matrices(u32 address) {
     uint4 v;
@@ -254,6 +276,8 @@ DEVICE float4 load_cluster4(u32 address, u32 rank) {
 }
 
 DEVICE int div_ceil(int a, int b) { return (a + b - 1) / b; }
+// a / b for a below 2^21, without the long way of a division: many of these stand before a block's first load.
+DEVICE int quotient(int a, int b) { return (int)__fdividef((float)a + 0.5f, (float)b); }
 DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 DEVICE int max_of(int a, int b) { return a > b ? a : b; }
 

@@ -11,6 +11,8 @@ use crate::weight::Buffer;
 
 /// Threads of `attention_prefill`.
 const PREFILL_THREADS: u32 = 128;
+/// Positions that `attention_decode` divides are below this.
+const DECODE_BELOW: usize = 1 << 21;
 /// Warps of a block of `attention_any`, a head each.
 const ANY_WARPS: usize = 4;
 /// The widest head that `attention_any` takes.
@@ -42,8 +44,10 @@ impl CudaBackend {
         };
         match choice::decode(shape, self.context.info().n_sms) {
             Some(_) if choice::is_prefill(shape) => self.attention_prefill(args),
-            Some(decode) => self.attention_decode(args, decode),
-            None => self.attention_any(args),
+            Some(decode) if args.seqs.max_blocks * args.layout.block_size < DECODE_BELOW => {
+                self.attention_decode(args, decode)
+            }
+            _ => self.attention_any(args),
         }
     }
 
@@ -138,6 +142,7 @@ impl CudaBackend {
             ld: columns,
             box_rows: kernel.rows,
             box_columns: 64,
+            reads_ahead: true,
         })?;
         let rows = args.kv.k.len() / d_head;
         let cache = |address| {

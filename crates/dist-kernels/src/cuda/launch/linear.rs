@@ -7,7 +7,7 @@ use crate::args::{Epilogue, LinearArgs, LogitsArgs, Norm, Prologue, Then};
 use crate::cuda::args::{Address, GemmParams, LinearParams};
 use crate::cuda::backend::{CudaBackend, grown};
 use crate::cuda::buf::CudaBuf;
-use crate::cuda::choice::{self, Boxes, Chip};
+use crate::cuda::choice::{self, Chip};
 use crate::cuda::driver::{EpilogueKind, Operands, ProductShape, TensorMap, TensorMapSpec};
 use crate::cuda::plans::{PlanKey, bucket};
 use crate::error::Result;
@@ -15,8 +15,6 @@ use crate::weight::Weight;
 
 /// Threads of the streaming kernels.
 const THREADS: u32 = 256;
-/// Threads of those that the copy engine feeds.
-const RING_THREADS: u32 = 288;
 /// Threads of `gemm_hopper`.
 const GEMM_THREADS: u32 = 384;
 /// Rows that a warp of it stores at once.
@@ -92,7 +90,7 @@ impl Product {
         let params = &self.params;
         let rows = params.rows as usize;
         let rows = bucket(rows).or((wants_library && rows > 0).then_some(rows))?;
-        if params.k_cache != 0 || params.residual != 0 {
+        if params.k_cache != 0 {
             return None;
         }
         let shape = ProductShape {
@@ -171,7 +169,7 @@ impl CudaBackend {
             self.multiply_tiles(product)
         } else if rows as usize <= choice::streaming_rows_max(is_hopper) {
             self.stream_weight(product)
-        } else if is_hopper {
+        } else if is_hopper && choice::gemm_takes(rows as usize, product.params.n as usize) {
             self.multiply_tiles_hopper(product)
         } else {
             self.multiply_tiles(product)
@@ -187,26 +185,30 @@ impl CudaBackend {
         let symbol = format!("{}_{}", choice.symbol, suffix(product.dtype));
         let kernel = self.kernels.get(choice.unit, &symbol)?;
         let blocks = (choice.clusters * choice.cluster) as u32;
-        let threads = if choice.boxes.is_some() { RING_THREADS } else { THREADS };
+        let threads = if kernel.threads > 0 { kernel.threads } else { THREADS };
         let mut launch = kernel.function.over([blocks, 1, 1], threads);
         launch.cluster = choice.cluster as u32;
-        let Some(Boxes { x, weight }) = choice.boxes else {
+        let Some(boxes) = choice.boxes else {
             return self.launch(kernel, &launch, &params, &[]);
         };
-        let x = self.map(params.x, (rows, k, k), (x, 64))?;
-        let weight = self.map(params.weight, (n, k, params.ld_weight as usize), (weight, 64))?;
+        launch.shared_bytes = boxes.shared_bytes.next_multiple_of(16).min(launch.shared_bytes);
+        let x = self.map(params.x, (rows, k, k), (boxes.x, 64), false)?;
+        let weight = self.map(params.weight, (n, k, params.ld_weight as usize), (boxes.weight, 64), false)?;
         self.launch(kernel, &launch, &params, &[&x, &weight])
     }
 
-    /// How the copy engine finds boxes of a matrix: its rows, columns and row length; rows and columns of a box.
+    /// How the copy engine finds boxes of a matrix: its rows, columns and row length; rows and columns of a box; whether it
+    /// is read more than once.
     fn map(
         &self,
         address: Address,
         (rows, columns, ld): (usize, usize, usize),
         (box_rows, box_columns): (usize, u32),
+        reads_ahead: bool,
     ) -> Result<TensorMap> {
         let box_rows = box_rows as u32;
-        Ok(self.context.tensor_map(&TensorMapSpec { address, rows, columns, ld, box_rows, box_columns })?)
+        let spec = TensorMapSpec { address, rows, columns, ld, box_rows, box_columns, reads_ahead };
+        Ok(self.context.tensor_map(&spec)?)
     }
 
     /// Many rows, or rows that are not aligned.
@@ -227,11 +229,12 @@ impl CudaBackend {
         let ((below, beside), (bm, bn)) = (choice.cluster, choice.tile);
         let symbol = format!("{}_{}", choice.symbol, suffix(product.dtype));
         let kernel = self.kernels.get("gemm_hopper", &symbol)?;
-        let x = self.map(linear.x, (rows, k, k), (bm / beside, 64))?;
-        let weight = self.map(linear.weight, (n, k, linear.ld_weight as usize), (bn / below, 64))?;
+        let x = self.map(linear.x, (rows, k, k), (bm / beside, 64), true)?;
+        let weight = self.map(linear.weight, (n, k, linear.ld_weight as usize), (bn / below, 64), true)?;
         // Not read where the copy engine does not store.
         let stores = linear.out_f32 == 0 && n % 8 == 0;
-        let out = if stores { self.map(linear.out, (rows, n, n), (GEMM_BOX_ROWS, kernel.part))? } else { x };
+        let out =
+            if stores { self.map(linear.out, (rows, n, n), (GEMM_BOX_ROWS, kernel.part), true)? } else { x };
         let params = GemmParams {
             linear,
             rows_of_cluster: below as i32,
