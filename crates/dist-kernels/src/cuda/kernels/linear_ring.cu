@@ -11,8 +11,8 @@
 // The blocks of a cluster have the same outputs and share k. Each finishes an even share of the rows: the others send it
 // their sums of those (`st.async`), and it adds them in the order of the blocks, so that bits do not depend on who did.
 //
-// Launch: `<symbol>_threads` threads; shared memory up to `<symbol>_shared`: what stages, `Mail` and `ENDS` take, as far as
-// there are stages. Parameters are LinearArgs and the maps of x and the weight: 16-bit [rows, k] and [n, k], box 64 × 8 · NT
+// Launch: `<symbol>_threads` threads; shared memory up to `<symbol>_shared`: what stages, `behind`, `Mail` and `ENDS`
+// take, as far as there are stages. Parameters are LinearArgs and the maps of x and the weight: 16-bit [rows, k] and [n, k], box 64 × 8 · NT
 // and 64 × the outputs of a pass, swizzle 128 B, zeros outside. Clusters have up to four blocks, and one pass.
 
 template <int WG_, int NT_, int U_>
@@ -42,10 +42,12 @@ struct Ring {
     int tile, stage, stages;  // bytes of a tile of the weight, bytes of a stage, number of stages
     int slot, round;          // of the stage that is next here
 
-    // Tiles have as many rows as a pass has outputs; what `wgmma` reads behind the last is not used.
+    // Tiles have as many rows as a pass has outputs. What `wgmma` reads behind the last is not used, but must be there:
+    // so much behind the last stage.
+    DEVICE_MEMBER int behind() const { return max_of(0, Sh::TN * 128 - tile - Sh::X_BYTES); }
     DEVICE_MEMBER Ring(u32 shared, u32 ends, int per_pass, int bytes)
         : at(shared), full(ends), empty(full + Sh::MOST * 8), tile(per_pass * 128), stage(tile * Sh::U + Sh::X_BYTES),
-          stages(min_of(stages_in(bytes, stage), Sh::MOST)), slot(0), round(0) {}
+          stages(min_of(stages_in(bytes - behind(), stage), Sh::MOST)), slot(0), round(0) {}
     DEVICE_MEMBER u32 here() const { return at + slot * stage; }
     DEVICE_MEMBER void next() {
         if (++slot == stages) slot = 0, round++;
