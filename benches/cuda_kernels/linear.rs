@@ -130,36 +130,38 @@ fn plans(backend: &mut CudaBackend, shape: Shape, rows: &[usize]) -> Result<Vec<
 }
 
 pub(crate) fn run(gpu: &mut Gpu, takes: &dyn Fn(&str) -> bool, report: &mut Report) -> Result<()> {
-    for shape in shapes() {
-        let rows = FEW_ROWS.into_iter().chain(MANY_ROWS).filter(|&rows| takes(&shape.name(rows)));
-        let rows_of_shape: Vec<usize> = rows.collect();
-        let Some(&rows_max) = rows_of_shape.iter().max() else { continue };
-        let mut operands = Operands::new(gpu, shape, rows_max)?;
-        // Made when they are first needed: who has just multiplied at full power reads more slowly for a while.
-        let mut planned: Option<Vec<(usize, &'static str)>> = None;
-        for &rows in &rows_of_shape {
-            if bucket(rows).is_some() && planned.is_none() {
-                let plans =
-                    gpu.others.iter_mut().map(|column| plans(&mut column.backend, shape, &rows_of_shape));
-                planned = Some(plans.collect::<Result<Vec<_>>>()?.concat());
-            }
-            let seconds = operands.time(&mut gpu.backend, shape, rows)?;
-            let beside = gpu.others.iter_mut().map(|column| {
-                let seconds = operands.time(&mut column.backend, shape, rows)?;
-                Ok((column.name, seconds))
-            });
-            let beside = beside.collect::<Result<_>>()?;
-            let Shape { model, op, n, k } = shape;
-            report.push(Line {
-                name: shape.name(rows),
-                shape: json!({ "op": op, "model": model, "rows": rows, "n": n, "k": k }),
-                seconds,
-                work: shape.work(rows),
-                beside,
-                runs: planned.iter().flatten().find(|plan| Some(plan.0) == bucket(rows)).map(|plan| plan.1),
-                bars: shape.bars(rows),
-            });
+    // All that reads before all that multiplies: who has just multiplied at full power reads more slowly for a while.
+    for rows in [&FEW_ROWS[..], &MANY_ROWS[..]] {
+        for shape in shapes() {
+            let rows: Vec<usize> = rows.iter().copied().filter(|&rows| takes(&shape.name(rows))).collect();
+            run_shape(gpu, shape, &rows, report)?;
         }
+    }
+    Ok(())
+}
+
+fn run_shape(gpu: &mut Gpu, shape: Shape, rows_of_shape: &[usize], report: &mut Report) -> Result<()> {
+    let Some(&rows_max) = rows_of_shape.iter().max() else { return Ok(()) };
+    let mut operands = Operands::new(gpu, shape, rows_max)?;
+    let planned = gpu.others.iter_mut().map(|column| plans(&mut column.backend, shape, rows_of_shape));
+    let planned = planned.collect::<Result<Vec<_>>>()?.concat();
+    for &rows in rows_of_shape {
+        let seconds = operands.time(&mut gpu.backend, shape, rows)?;
+        let beside = gpu.others.iter_mut().map(|column| {
+            let seconds = operands.time(&mut column.backend, shape, rows)?;
+            Ok((column.name, seconds))
+        });
+        let beside = beside.collect::<Result<_>>()?;
+        let Shape { model, op, n, k } = shape;
+        report.push(Line {
+            name: shape.name(rows),
+            shape: json!({ "op": op, "model": model, "rows": rows, "n": n, "k": k }),
+            seconds,
+            work: shape.work(rows),
+            beside,
+            runs: planned.iter().find(|plan| Some(plan.0) == bucket(rows)).map(|plan| plan.1),
+            bars: shape.bars(rows),
+        });
     }
     Ok(())
 }
