@@ -1,7 +1,7 @@
 //! `dist-cli kernels`: compiles the kernels of GPUs beforehand, or says which there are.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use dist_kernels::cuda::cache::{Cubin, Kept, KernelCache, Origin};
 use dist_kernels::cuda::compile::{Arch, Compiler, Program};
@@ -66,13 +66,15 @@ fn build(args: &BuildArgs, console: &Console) -> anyhow::Result<()> {
     if programs.iter().any(|program| !cache.holds_of(program, nvrtc.version())) {
         cache.try_to_write().map_err(|error| cannot_store(&cache, error))?;
     }
-    let mut built = Vec::new();
-    for program in programs {
-        let start = Instant::now();
+    let outcomes = cache.get_all(&programs, nvrtc, &|program| {
         console.note(&format!("{} for {}", program.unit, program.arch));
-        let outcome = cache.get(&program, Ok(nvrtc)).map_err(|error| error.to_string());
-        built.push(Built { program, outcome, took: start.elapsed() });
-    }
+    });
+    let built = programs.into_iter().zip(outcomes).map(|(program, (outcome, took))| Built {
+        program,
+        outcome: outcome.map_err(|error| error.to_string()),
+        took,
+    });
+    let built: Vec<_> = built.collect();
     let version = nvrtc.version();
     render::result(&if args.json {
         render::built_json(&built, &cache, version)?

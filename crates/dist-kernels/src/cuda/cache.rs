@@ -5,7 +5,9 @@
 use std::fs;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -115,6 +117,40 @@ impl KernelCache {
             cubin.origin = Origin::NotStored(why);
         }
         Ok(cubin)
+    }
+
+    /// `get` for all of `programs`, as many at a time as there are cores, and how long each took. `begins` is told of each
+    /// when its turn comes.
+    pub fn get_all(
+        &self,
+        programs: &[Program],
+        compiler: &dyn Compiler,
+        begins: &(dyn Fn(&Program) + Sync),
+    ) -> Vec<(Result<Cubin, CompileError>, Duration)> {
+        let n_threads = std::thread::available_parallelism().map_or(1, usize::from).min(programs.len());
+        let (next, (done, results)) = (&AtomicUsize::new(0), mpsc::channel());
+        let work = move |done: &mpsc::Sender<_>| {
+            while let idx = next.fetch_add(1, Ordering::Relaxed)
+                && let Some(program) = programs.get(idx)
+            {
+                begins(program);
+                let start = Instant::now();
+                let outcome = self.get(program, Ok(compiler));
+                done.send((idx, outcome, start.elapsed())).expect("results are taken after all are there");
+            }
+        };
+        std::thread::scope(|scope| {
+            // A thread that cannot be had leaves its work to the others, and to this one.
+            for _ in 1..n_threads {
+                let done = done.clone();
+                let _ = std::thread::Builder::new().spawn_scoped(scope, move || work(&done));
+            }
+            work(&done);
+        });
+        drop(done);
+        let mut all: Vec<_> = results.iter().collect();
+        all.sort_by_key(|result| result.0);
+        all.into_iter().map(|(_, outcome, took)| (outcome, took)).collect()
     }
 
     /// Whether this version of the compiler need not compile `program` again.

@@ -98,7 +98,7 @@ pub struct Compiled {
 }
 
 /// Someone who compiles programs.
-pub trait Compiler {
+pub trait Compiler: Sync {
     /// Its version, a part of the cache's key.
     fn version(&self) -> Version;
 

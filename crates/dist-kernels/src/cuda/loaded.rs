@@ -3,13 +3,14 @@
 
 use std::collections::HashMap;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use super::cache::KernelCache;
-use super::compile::{CompileError, Compiler};
+use super::compile::{CompileError, Compiler, Program};
 use super::driver::{Context, Function, Module, Result};
 use super::libraries::Libraries;
-use super::units::Unit;
+use super::units::{UNITS, Unit};
 
 /// A kernel that is ready.
 #[derive(Debug)]
@@ -67,11 +68,41 @@ impl Kernels {
             why: "the unit is for other GPUs".to_owned(),
         })?;
         let cubin = match self.libraries.nvrtc() {
-            Ok(nvrtc) => self.cache.get(&unit.program(arch), Ok(nvrtc as &dyn Compiler)),
+            Ok(nvrtc) => {
+                self.fill(&unit.program(arch), nvrtc);
+                self.cache.get(&unit.program(arch), Ok(nvrtc as &dyn Compiler))
+            }
             Err(why) => self.cache.get(&unit.program(arch), Err(&why)),
         }?;
         let module = self.context.module(name, &cubin.bytes)?;
         self.modules.insert(name, module.clone());
         Ok(module)
+    }
+
+    /// Where `wanted` is not in the cache nothing is, most likely: compiles all that a model needs, at the same time. What
+    /// does not compile is told to who asks for it.
+    fn fill(&self, wanted: &Program, compiler: &dyn Compiler) {
+        // Threads that begin together would all compile everything.
+        static FILLING: Mutex<()> = Mutex::new(());
+        let version = compiler.version();
+        if self.cache.holds_of(wanted, version) {
+            return;
+        }
+        let _filling = FILLING.lock().unwrap_or_else(PoisonError::into_inner);
+        let capability = self.context.info().capability;
+        let usual = UNITS.iter().filter(|unit| unit.name == wanted.unit || unit.is_usual(capability));
+        let programs = usual.filter_map(|unit| Some(unit.program(unit.arch_for(capability)?)));
+        let missing: Vec<_> = programs.filter(|program| !self.cache.holds_of(program, version)).collect();
+        if missing.is_empty() {
+            return;
+        }
+        let start = Instant::now();
+        self.cache.get_all(&missing, compiler, &|_| {});
+        tracing::info!(
+            "kernels of {} units compiled in {:.1} s and kept in {}",
+            missing.len(),
+            start.elapsed().as_secs_f64(),
+            self.cache.dir().display()
+        );
     }
 }

@@ -172,6 +172,16 @@ impl Unit {
         listed.or_else(|| (is_general && capability >= (8, 0)).then_some(Arch { capability, is_own: false }))
     }
 
+    /// Whether models of common shapes need it on a GPU of `capability`.
+    pub fn is_usual(&self, capability: (u32, u32)) -> bool {
+        match self.name {
+            "attention_any" | "read" => false,
+            // Hopper's own take their places.
+            "gemm" | "attention_prefill" => capability != (9, 0),
+            _ => true,
+        }
+    }
+
     /// The whole program for `arch`.
     pub fn program(&self, arch: Arch) -> Program {
         self.program_with(arch, &[])

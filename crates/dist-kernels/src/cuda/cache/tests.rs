@@ -1,18 +1,18 @@
 //! The cache with a compiler that counts, in folders of its own.
 
-use std::cell::Cell;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::super::compile::{Arch, Compiled};
 use super::*;
 
 struct Counting {
     version: Version,
-    n_calls: Cell<usize>,
+    n_calls: AtomicUsize,
 }
 
 impl Counting {
     fn new(minor: u32) -> Self {
-        Self { version: Version { major: 13, minor }, n_calls: Cell::new(0) }
+        Self { version: Version { major: 13, minor }, n_calls: AtomicUsize::new(0) }
     }
 }
 
@@ -22,7 +22,7 @@ impl Compiler for Counting {
     }
 
     fn compile(&self, program: &Program) -> Result<Compiled, CompileError> {
-        self.n_calls.set(self.n_calls.get() + 1);
+        self.n_calls.fetch_add(1, Ordering::Relaxed);
         let refused = program.source.contains("error").then(|| CompileError::Refused {
             unit: program.unit.to_owned(),
             arch: program.arch.to_string(),
@@ -55,7 +55,7 @@ fn what_was_compiled_once_is_read_again() {
     let compiler = Counting::new(0);
     let first = cache.get(&program("a"), Ok(&compiler)).unwrap();
     let again = cache.get(&program("a"), Ok(&compiler)).unwrap();
-    assert_eq!(compiler.n_calls.get(), 1);
+    assert_eq!(compiler.n_calls.load(Ordering::Relaxed), 1);
     let (Origin::Compiled(stored), Origin::Cache(read)) = (&first.origin, &again.origin) else {
         panic!("{:?}, {:?}", first.origin, again.origin)
     };
@@ -103,7 +103,7 @@ fn a_damaged_entry_is_made_anew() {
         assert_eq!((again.bytes, fs::read(&path).unwrap()), (sound.bytes.clone(), bytes.clone()));
         n_damages += 1;
     }
-    assert_eq!(compiler.n_calls.get(), 1 + n_damages);
+    assert_eq!(compiler.n_calls.load(Ordering::Relaxed), 1 + n_damages);
 }
 
 #[test]
@@ -188,4 +188,28 @@ fn writers_of_one_entry_do_not_disturb_each_other() {
         }
     });
     assert_eq!(entries(cache).len(), 1);
+}
+
+#[test]
+fn many_programs_come_in_their_order_each_compiled_once() {
+    let (_dir, cache) = cache();
+    let compiler = Counting::new(0);
+    let sources = ["a", "b", "an error", "c", "d", "e", "f"];
+    let programs: Vec<_> = sources.iter().map(|source| program(source)).collect();
+    cache.get(&programs[3], Ok(&compiler)).unwrap();
+    let begun = AtomicUsize::new(0);
+    let outcomes = cache.get_all(&programs, &compiler, &|_| {
+        begun.fetch_add(1, Ordering::Relaxed);
+    });
+    assert_eq!((begun.into_inner(), compiler.n_calls.load(Ordering::Relaxed)), (7, 7));
+    assert_eq!(outcomes.len(), sources.len());
+    for (source, (outcome, _)) in sources.iter().zip(&outcomes) {
+        match outcome {
+            Ok(cubin) => assert!(cubin.bytes.starts_with(format!("code of {source} ").as_bytes())),
+            Err(error) => assert!(*source == "an error" && matches!(error, CompileError::Refused { .. })),
+        }
+    }
+    assert!(outcomes[2].0.is_err());
+    assert!(matches!(outcomes[3].0.as_ref().unwrap().origin, Origin::Cache(_)));
+    assert!(cache.get_all(&[], &compiler, &|_| {}).is_empty());
 }
