@@ -50,8 +50,7 @@ benchmark() {
 
 # The table is kept beside the record.
 kernels() {
-    timeout "$seconds_max" bin/bench_cuda_kernels --json "$scratch/kernels.json" >"$results/$card-kernels.txt" &&
-        cat "$scratch/kernels.json"
+    timeout "$seconds_max" bin/bench_cuda_kernels --json kernels.json >"$results/$card-kernels.txt" && cat kernels.json && rm kernels.json
 }
 
 decode() {
