@@ -5,7 +5,6 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::builder::FalseyValueParser;
 use clap::{
     ArgAction, ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum,
 };
@@ -134,10 +133,19 @@ fn with_environment(command: Command) -> Command {
         let name = format!("DIST_{}", arg.get_id().as_str().to_ascii_uppercase());
         let is_switch = matches!(arg.get_action(), ArgAction::SetTrue);
         let arg = arg.env(name).hide_env(true);
-        if is_switch { arg.value_parser(FalseyValueParser::new()) } else { arg }
+        if is_switch { arg.value_parser(switch) } else { arg }
     });
     let names: Vec<String> = command.get_subcommands().map(|sub| sub.get_name().to_owned()).collect();
     names.into_iter().fold(command, |command, name| command.mut_subcommand(name, with_environment))
+}
+
+/// What a variable of a flag without a value says; an empty one says nothing.
+fn switch(word: &str) -> Result<bool, String> {
+    match word.to_ascii_lowercase().as_str() {
+        "1" | "true" | "t" | "yes" | "y" | "on" => Ok(true),
+        "" | "0" | "false" | "f" | "no" | "n" | "off" => Ok(false),
+        _ => Err("it is a switch: 1, true, yes, on, or 0, false, no, off".to_owned()),
+    }
 }
 
 /// `dist-cli`, and the command that was typed if there is such.
@@ -197,6 +205,13 @@ mod tests {
                 assert_eq!(arg.get_env().and_then(|env| env.to_str()), Some(expected.as_str()));
             }
         }
+    }
+
+    #[test]
+    fn a_switch_takes_what_says_yes_or_no() {
+        assert!(["1", "true", "YES", "on"].into_iter().all(|word| switch(word) == Ok(true)));
+        assert!(["", "0", "False", "no", "off"].into_iter().all(|word| switch(word) == Ok(false)));
+        assert!(["2", "maybe", "/tmp"].into_iter().all(|word| switch(word).is_err()));
     }
 
     #[test]
