@@ -180,7 +180,7 @@ fn first_offered(blas: &Blas, key: &PlanKey) -> Result<Option<Ready>> {
 /// Of all that the own kernels' speed depends on: their source for a GPU of `capability`, and the choice of a variant.
 fn source_hash(capability: (u32, u32)) -> String {
     let mut hash = Sha256::new();
-    for unit in ["gemm", "gemm_hopper"].into_iter().filter_map(Unit::find) {
+    for unit in ["gemm", "gemm_hopper", "gemm_hopper_wide"].into_iter().filter_map(Unit::find) {
         if let Some(arch) = unit.arch_for(capability) {
             hash.update(unit.program(arch).source.as_bytes());
         }

@@ -50,6 +50,8 @@ macro_rules! source_file {
 const PRELUDE: SourceFile = source_file!("prelude.cuh");
 const LINEAR_PARTS: SourceFile = source_file!("linear.cuh");
 const WGMMA_PARTS: SourceFile = source_file!("linear_wgmma.cuh");
+const GEMM_HOPPER: &[SourceFile] =
+    &[LINEAR_PARTS, source_file!("gemm_hopper.cuh"), source_file!("gemm_hopper.cu")];
 const GENERAL: &[Arch] = &[Arch::SM_80, Arch::SM_90];
 const HOPPER: &[Arch] = &[Arch::SM_90A];
 
@@ -108,13 +110,21 @@ pub const UNITS: &[Unit] = &[
         archs: GENERAL,
     },
     Unit { name: "gemm", files: &[LINEAR_PARTS, source_file!("gemm.cu")], variants: &[], archs: GENERAL },
+    // Two units, for nothing takes as long to compile, and units are compiled at the same time.
     Unit {
         name: "gemm_hopper",
-        files: &[LINEAR_PARTS, source_file!("gemm_hopper.cuh"), source_file!("gemm_hopper.cu")],
+        files: GEMM_HOPPER,
         variants: &[
             variant("GEMM", "gemm_hopper_t128x64", &[128, 64]),
             variant("GEMM", "gemm_hopper_t128x96", &[128, 96]),
             variant("GEMM", "gemm_hopper_t128x128", &[128, 128]),
+        ],
+        archs: HOPPER,
+    },
+    Unit {
+        name: "gemm_hopper_wide",
+        files: GEMM_HOPPER,
+        variants: &[
             variant("GEMM", "gemm_hopper_t128x160", &[128, 160]),
             variant("GEMM", "gemm_hopper_t128x192", &[128, 192]),
             variant("GEMM", "gemm_hopper_t128x256", &[128, 256]),

@@ -10,6 +10,9 @@ use crate::cuda::plans::bucket;
 /// A tile: its symbol, rows and outputs.
 type Tile = (&'static str, usize, usize);
 
+/// The unit of tiles of up to 128 outputs, and that of wider ones.
+const UNITS: [&str; 2] = ["gemm_hopper", "gemm_hopper_wide"];
+
 const TILES: [Tile; 6] = [
     ("gemm_hopper_t128x64", 128, 64),
     ("gemm_hopper_t128x96", 128, 96),
@@ -75,6 +78,11 @@ pub(super) fn clusters_at_once(size: usize, n_sms: usize) -> Option<usize> {
 }
 
 impl Gemm {
+    /// Of which unit it is.
+    pub(in crate::cuda) fn unit(&self) -> &'static str {
+        UNITS[usize::from(self.tile.1 > 128)]
+    }
+
     fn size(&self) -> usize {
         self.cluster.0 * self.cluster.1 * self.splits
     }
@@ -169,7 +177,7 @@ mod tests {
             for (n, k) in [(40, 64), (4096, 4096), (12288, 4096), (4096, 16384), (50257, 768)] {
                 for chip in [H100, H200] {
                     let choice = gemm(rows, n, k, chip);
-                    assert!(has("gemm_hopper", choice.symbol), "{choice:?}");
+                    assert!(has(choice.unit(), choice.symbol), "{choice:?}");
                     let blocks = choice.clusters * choice.size();
                     assert!(blocks <= 132, "{choice:?}");
                 }
@@ -182,6 +190,14 @@ mod tests {
         // A memory that does not tell its speed.
         let unknown = Chip { bytes_per_us: 0.0, ..H100 };
         assert_eq!(gemm(128, 4096, 16384, unknown), gemm(128, 4096, 16384, H100));
+    }
+
+    #[test]
+    fn every_tile_is_one_of_its_unit() {
+        let gemm = gemm(128, 64, 64, H100);
+        for (symbol, bm, bn) in TILES {
+            assert!(has(Gemm { tile: (bm, bn), ..gemm }.unit(), symbol), "{symbol}");
+        }
     }
 
     #[test]

@@ -228,7 +228,7 @@ impl CudaBackend {
         let choice = choice::gemm(rows, n, k, Chip::of(self.context.info()));
         let ((below, beside), (bm, bn)) = (choice.cluster, choice.tile);
         let symbol = format!("{}_{}", choice.symbol, suffix(product.dtype));
-        let kernel = self.kernels.get("gemm_hopper", &symbol)?;
+        let kernel = self.kernels.get(choice.unit(), &symbol)?;
         let x = self.map(linear.x, (rows, k, k), (bm / beside, 64), true)?;
         let weight = self.map(linear.weight, (n, k, linear.ld_weight as usize), (bn / below, 64), true)?;
         // Not read where the copy engine does not store.
