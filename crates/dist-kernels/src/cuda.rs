@@ -12,6 +12,7 @@ mod ceiling;
 mod choice;
 pub mod compile;
 pub mod driver;
+mod gathered;
 mod gemms;
 mod inputs;
 mod launch;

@@ -157,7 +157,7 @@ fn append<B: Backend>(
     product: &Product,
     layout: KvLayout,
     slots: &[i32],
-) -> [Vec<f32>; 3] {
+) -> dist_kernels::Result<[Vec<f32>; 3]> {
     let weight = weight(backend, (&product.w, product.n, product.k), product.dtype, Layout::Nk, 3);
     let (x, bias) = (put(backend, act, &product.x), put(backend, act, &product.bias));
     let slots = ints(backend, slots);
@@ -180,16 +180,16 @@ fn append<B: Backend>(
                 then: Then::AppendKv(AppendKv { kv: &mut kv, layout, slots: &slots }),
             },
         })
-        .unwrap();
-    [get(backend, &out), get(backend, &kv.k), get(backend, &kv.v)]
+        .map(|()| [get(backend, &out), get(backend, &kv.k), get(backend, &kv.v)])
 }
 
 #[test]
 fn linear_appends_keys_and_values() {
     let Some((_one, mut gpu)) = gpu("linear_appends_keys_and_values") else { return };
     let (mut cpu, mut random) = (cpu(), Random::new());
-    for (i, rows) in [1, 5, 16, 33, 64, 90].into_iter().enumerate() {
-        for (n_heads, n_kv_heads, d_head) in [(6, 2, 64), (4, 4, 16), (6, 6, 8)] {
+    for (i, rows) in [1, 5, 16, 29, 33, 64, 90].into_iter().enumerate() {
+        // The last has 56 outputs a multiprocessor of an H100.
+        for (n_heads, n_kv_heads, d_head) in [(6, 2, 64), (4, 4, 16), (6, 6, 8), (60, 28, 64)] {
             let dtype = TYPES[i % 2];
             let n = (n_heads + 2 * n_kv_heads) * d_head;
             let product = Product::new(&mut random, (rows, n, 512), dtype);
@@ -198,8 +198,8 @@ fn linear_appends_keys_and_values() {
             // Each row its own slot, far from its neighbours'; some rows are padding.
             let slots: Vec<i32> =
                 (0..rows as i32).map(|r| if r % 7 == 3 { -1 } else { r * 77 % 192 }).collect();
-            let expected = append(&mut cpu, DType::F32, &product, layout, &slots);
-            let found = append(&mut gpu, dtype, &product, layout, &slots);
+            let expected = append(&mut cpu, DType::F32, &product, layout, &slots).unwrap();
+            let found = append(&mut gpu, dtype, &product, layout, &slots).unwrap();
             for ((found, expected), what) in found.iter().zip(&expected).zip(["q | k | v", "keys", "values"])
             {
                 assert_near(
@@ -211,6 +211,12 @@ fn linear_appends_keys_and_values() {
             }
         }
     }
+    // Heads that four elements straddle.
+    let dtype = DType::BF16;
+    let product = Product::new(&mut random, (5, 72, 24), dtype);
+    let layout = KvLayout { n_layers_local: 1, n_kv_heads_local: 4, d_head: 6, dtype, block_size: 16 };
+    let refused = append(&mut gpu, dtype, &product, layout, &[0, 1, 2, 3, 4]).unwrap_err();
+    assert!(refused.to_string().contains("no multiple of 4"), "{refused}");
 }
 
 #[test]

@@ -153,6 +153,11 @@ impl KernelCache {
         all.into_iter().map(|(_, outcome, took)| (outcome, took)).collect()
     }
 
+    /// The kernels of `program`, if they are there by that version of the compiler.
+    pub(super) fn kept_by(&self, program: &Program, compiler: Version) -> Option<Cubin> {
+        read(&self.path(program, compiler)).ok().flatten()
+    }
+
     /// Whether this version of the compiler need not compile `program` again.
     pub fn holds_of(&self, program: &Program, compiler: Version) -> bool {
         matches!(read(&self.path(program, compiler)), Ok(Some(_)))

@@ -3,12 +3,12 @@
 
 use std::collections::HashMap;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::sync::Arc;
 
 use super::cache::KernelCache;
-use super::compile::{CompileError, Compiler, Program};
+use super::compile::CompileError;
 use super::driver::{Context, Function, Module, Result};
+use super::gathered::Gathered;
 use super::libraries::Libraries;
 use super::units::{UNITS, Unit};
 
@@ -32,13 +32,21 @@ pub(super) struct Kernels {
     context: Context,
     libraries: Arc<Libraries>,
     cache: KernelCache,
+    gathered: Gathered,
     modules: HashMap<&'static str, Module>,
     loaded: HashMap<String, Rc<Kernel>>,
 }
 
 impl Kernels {
     pub(super) fn new(context: Context, libraries: Arc<Libraries>, cache: KernelCache) -> Self {
-        Self { context, libraries, cache, modules: HashMap::new(), loaded: HashMap::new() }
+        Self {
+            context,
+            libraries,
+            cache,
+            gathered: Gathered::default(),
+            modules: HashMap::new(),
+            loaded: HashMap::new(),
+        }
     }
 
     /// The kernel `symbol` of `unit`.
@@ -67,42 +75,18 @@ impl Kernels {
             arch: format!("compute capability {}.{}", capability.0, capability.1),
             why: "the unit is for other GPUs".to_owned(),
         })?;
+        let wanted = unit.program(arch);
         let cubin = match self.libraries.nvrtc() {
             Ok(nvrtc) => {
-                self.fill(&unit.program(arch), nvrtc);
-                self.cache.get(&unit.program(arch), Ok(nvrtc as &dyn Compiler))
+                let usual = UNITS.iter().filter(|unit| unit.is_usual(capability));
+                let usual =
+                    || usual.filter_map(|unit| Some(unit.program(unit.arch_for(capability)?))).collect();
+                self.gathered.take(&wanted, usual, (&self.cache, nvrtc))
             }
-            Err(why) => self.cache.get(&unit.program(arch), Err(&why)),
+            Err(why) => self.cache.get(&wanted, Err(&why)),
         }?;
         let module = self.context.module(name, &cubin.bytes)?;
         self.modules.insert(name, module.clone());
         Ok(module)
-    }
-
-    /// Where `wanted` is not in the cache nothing is, most likely: compiles all that a model needs, at the same time. What
-    /// does not compile is told to who asks for it.
-    fn fill(&self, wanted: &Program, compiler: &dyn Compiler) {
-        // Threads that begin together would all compile everything.
-        static FILLING: Mutex<()> = Mutex::new(());
-        let version = compiler.version();
-        if self.cache.holds_of(wanted, version) {
-            return;
-        }
-        let _filling = FILLING.lock().unwrap_or_else(PoisonError::into_inner);
-        let capability = self.context.info().capability;
-        let usual = UNITS.iter().filter(|unit| unit.name == wanted.unit || unit.is_usual(capability));
-        let programs = usual.filter_map(|unit| Some(unit.program(unit.arch_for(capability)?)));
-        let missing: Vec<_> = programs.filter(|program| !self.cache.holds_of(program, version)).collect();
-        if missing.is_empty() {
-            return;
-        }
-        let start = Instant::now();
-        self.cache.get_all(&missing, compiler, &|_| {});
-        tracing::info!(
-            "kernels of {} units compiled in {:.1} s and kept in {}",
-            missing.len(),
-            start.elapsed().as_secs_f64(),
-            self.cache.dir().display()
-        );
     }
 }

@@ -133,6 +133,7 @@ impl Gemm {
 /// Whether `gemm_hopper` takes as many rows and outputs: it divides what is below this.
 pub(in crate::cuda) fn gemm_takes(rows: usize, n: usize) -> bool {
     const BELOW: usize = 1 << 21;
+    let rows = bucket(rows).unwrap_or(rows);
     let tiles = rows.div_ceil(TILES[0].1).saturating_mul(n.div_ceil(TILES[0].2));
     rows < BELOW / 2 && n < BELOW / 2 && tiles < BELOW
 }

@@ -4,7 +4,7 @@
 // swizzled as the 128-byte mode of `wgmma` wants it. One warp has the copy engine keep a ring of stages full; WG groups of
 // four warps multiply, 64 outputs each. What the copy engine writes the tensor cores may read without a fence.
 //
-// A pass ends in registers: nothing is exchanged in shared memory, so the ring has all of it. A launch takes as long as
+// A pass ends in registers: warps exchange nothing in shared memory, so the ring has all of it. A launch takes as long as
 // some hundred instructions that are not in the cache: what ends a pass is short, and is run through once, storing nothing,
 // while the first stage is on its way.
 //

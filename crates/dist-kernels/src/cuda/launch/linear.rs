@@ -2,7 +2,7 @@
 
 use dist_core::{Activation, DType};
 
-use super::{address_or_none, expect_type, suffix};
+use super::{address_or_none, expect_type, suffix, unsupported};
 use crate::args::{Epilogue, LinearArgs, LogitsArgs, Norm, Prologue, Then};
 use crate::cuda::args::{Address, GemmParams, LinearParams};
 use crate::cuda::backend::{CudaBackend, grown};
@@ -115,6 +115,10 @@ impl CudaBackend {
         let LinearArgs { out, x, weight, rows, prologue, epilogue, .. } = args;
         expect_type("linear: x", x.dtype, weight.dtype);
         expect_type("linear: out", out.dtype, weight.dtype);
+        // Four elements are appended at once.
+        if matches!(&epilogue.then, Then::AppendKv(append) if !append.layout.d_head.is_multiple_of(4)) {
+            return unsupported("append keys and values of heads whose size is no multiple of 4");
+        }
         let x = match &prologue {
             Prologue::None | Prologue::Norm(Norm::None) => x.address(),
             Prologue::Norm(norm) => self.norm_rows(x, norm, rows, weight.k)?,
