@@ -24,6 +24,7 @@ mod outputs;
 pub mod plans;
 mod regular_file;
 mod sample;
+mod signals;
 pub mod staging;
 mod tune;
 pub mod units;

@@ -3,9 +3,10 @@
 //! place and renamed, so that nobody reads half of one.
 
 use std::fs;
+use std::hash::{BuildHasher as _, RandomState};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -165,7 +166,7 @@ impl KernelCache {
 
     /// Makes the folder, and writes a file to it and removes it again: whether entries can be stored.
     pub fn try_to_write(&self) -> io::Result<()> {
-        let path = self.dir.join("try");
+        let path = self.dir.join(format!("try-{:016x}", random()));
         write_beside(&path, b"")?;
         fs::remove_file(path)
     }
@@ -225,14 +226,14 @@ impl KernelCache {
 
 /// Writes a file beside its place and renames it, so that nobody reads half of it.
 pub(super) fn write_beside(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    // Threads of one process may write the same file too.
-    static WRITES: AtomicU64 = AtomicU64::new(0);
     if let Some(dir) = path.parent() {
         fs::create_dir_all(dir)?;
     }
-    let write = WRITES.fetch_add(1, Ordering::Relaxed);
-    let beside = path.with_extension(format!("{}-{write}.part", std::process::id()));
-    let written = write_all(&beside, bytes).and_then(|()| fs::rename(&beside, path));
+    // Other threads, and processes with the same number in other containers, may write the same file.
+    let beside = path.with_extension(format!("{:016x}.part", random()));
+    let mut file = fs::File::create_new(&beside)?;
+    let written =
+        file.write_all(bytes).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&beside, path));
     if written.is_err() {
         // What is left is of no use; that it cannot be removed is told by the error itself.
         let _ = fs::remove_file(&beside);
@@ -240,10 +241,9 @@ pub(super) fn write_beside(path: &Path, bytes: &[u8]) -> io::Result<()> {
     written
 }
 
-fn write_all(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = fs::File::create_new(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
+/// A number that nobody else has, most likely: the keys of the library's hash are random.
+fn random() -> u64 {
+    RandomState::new().hash_one(std::process::id())
 }
 
 /// An entry's name without the compiler's version.

@@ -9,6 +9,7 @@ use libloading::Library;
 
 use super::compile::{CompileError, Compiled, Compiler, Program};
 use super::libraries::{Opened, Version};
+use super::signals;
 
 type Handle = *mut c_void;
 type Status = c_int;
@@ -93,9 +94,10 @@ impl Compiler for Nvrtc {
         if status != 0 {
             return Err(refused(status, ""));
         }
+        let n_options = options.len() as c_int;
         // SAFETY: the program was made above; the options live until the call returns.
-        let status =
-            unsafe { (self.functions.compile)(work.handle, options.len() as c_int, options.as_ptr()) };
+        let compile = || unsafe { (self.functions.compile)(work.handle, n_options, options.as_ptr()) };
+        let status = signals::kept_while(compile);
         let log = work.bytes(self.functions.log_size, self.functions.log);
         let log = log.map(|log| String::from_utf8_lossy(&log).trim_end_matches('\0').to_owned());
         if status != 0 {
