@@ -200,5 +200,7 @@ fn a_rank_whose_parent_is_gone_ends_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let ran = Ran::from(program_in(dir.path(), &["infer"]).env("DIST_STARTED_BY", "1").output().unwrap());
     assert_eq!(ran.code, Some(1));
-    assert_eq!(ran.err, "error: the process that started this rank is gone\n");
+    let told = "error: the process that started this rank is gone\n\
+                help: DIST_STARTED_BY is for the ranks that dist-cli starts: unset it for others\n";
+    assert_eq!(ran.err, told);
 }

@@ -21,7 +21,8 @@ use crate::settings::Settings;
 
 const AFTER_HELP: &str = "\
 Every flag is also an environment variable (--max-seq-len: DIST_MAX_SEQ_LEN)
-and a setting of dist.toml in the working directory (max-seq-len = 1024).
+and, but for those of `kernels`, a setting of dist.toml in the working
+directory (max-seq-len = 1024).
 Flags win over the environment, the environment over the file.
 
 Exit codes:
@@ -150,12 +151,14 @@ fn switch(word: &str) -> Result<bool, String> {
 
 /// `dist-cli`, and the command that was typed if there is such.
 pub fn typed_command(mut args: impl Iterator<Item = OsString>) -> String {
-    let root = command();
-    let known = |word: &OsString| root.get_subcommands().find(|sub| word == sub.get_name());
-    match args.find_map(|word| known(&word).map(|sub| sub.get_name().to_owned())) {
-        Some(name) => format!("dist-cli {name}"),
-        None => "dist-cli".to_owned(),
+    let (mut typed, mut at) = ("dist-cli".to_owned(), command());
+    while let Some(sub) =
+        args.find_map(|word| at.get_subcommands().find(|sub| word == sub.get_name()).cloned())
+    {
+        typed.extend([" ", sub.get_name()]);
+        at = sub;
     }
+    typed
 }
 
 /// Reads the command line, the environment and the settings file.
@@ -205,6 +208,14 @@ mod tests {
                 assert_eq!(arg.get_env().and_then(|env| env.to_str()), Some(expected.as_str()));
             }
         }
+    }
+
+    #[test]
+    fn what_was_typed_goes_down_to_the_last_command() {
+        let typed = |words: &str| typed_command(words.split(' ').map(OsString::from));
+        assert_eq!(typed("dist-cli kernels build --arch sm_99"), "dist-cli kernels build");
+        assert_eq!(typed("dist-cli infer --prompt kernels"), "dist-cli infer");
+        assert_eq!(typed("dist-cli nothing"), "dist-cli");
     }
 
     #[test]

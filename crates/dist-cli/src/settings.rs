@@ -4,6 +4,7 @@
 //! `[infer]` holds those of one command. The file is applied as the flags' defaults, so that clap parses and checks it
 //! like everything else.
 
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use clap::Command;
@@ -17,6 +18,23 @@ pub const FILE: &str = "dist.toml";
 /// Flags that belong to one run and not to a file.
 const COMMAND_LINE_ONLY: [&str; 8] =
     ["config", "prompt", "prompt_file", "prompt_ids", "prompts", "input", "help", "version"];
+
+/// Bytes of a file at most.
+const BYTES_MAX: u64 = 1 << 20;
+
+/// The text of a file that ends: a pipe would be waited for, and a device may have no end.
+fn read(path: &Path) -> std::io::Result<String> {
+    let metadata = std::fs::metadata(path)?;
+    if !metadata.is_file() {
+        return Err(std::io::Error::other("it is no regular file"));
+    }
+    if metadata.len() > BYTES_MAX {
+        return Err(std::io::Error::other(format!("it has {} bytes, more than {BYTES_MAX}", metadata.len())));
+    }
+    let mut text = String::new();
+    std::fs::File::open(path)?.take(BYTES_MAX).read_to_string(&mut text)?;
+    Ok(text)
+}
 
 /// What a file says, one flag after another.
 #[derive(Debug, PartialEq)]
@@ -37,18 +55,20 @@ impl Settings {
     /// Reads `path`, or the working directory's file if there is one.
     pub fn find(path: Option<&Path>) -> anyhow::Result<Option<Self>> {
         let (path, is_optional) = path.map_or((Path::new(FILE), true), |path| (path, false));
-        match std::fs::read_to_string(path) {
+        match read(path) {
             Ok(text) => Self::parse(path, &text).map(Some),
             Err(error) if is_optional && error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => {
-                Err(Problem::usage(format!("cannot read {}", path.display())).because(error).into())
+                let problem = Problem::usage(format!("cannot read {}", path.display())).because(error);
+                Err(problem.help("--config FILE, or DIST_CONFIG, names another file of settings").into())
             }
         }
     }
 
     fn parse(path: &Path, text: &str) -> anyhow::Result<Self> {
         let table: Table = text.parse().map_err(|error: toml::de::Error| {
-            Problem::usage(format!("{} is not TOML", path.display())).because(error)
+            let help = "a line is a flag without its dashes: max-seq-len = 1024, device = \"cpu\"";
+            Problem::usage(format!("{} is not TOML", path.display())).because(error).help(help)
         })?;
         let mut entries = Vec::new();
         for (key, value) in table {
@@ -168,6 +188,18 @@ mod tests {
         let infer =
             Command::new("infer").arg(arg("threads")).arg(arg("stop").action(clap::ArgAction::Append));
         Command::new("dist-cli").subcommand(infer).subcommand(Command::new("plan").arg(arg("devices")))
+    }
+
+    #[test]
+    fn only_a_file_that_ends_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let large = dir.path().join("large");
+        std::fs::File::create(&large).unwrap().set_len(BYTES_MAX + 1).unwrap();
+        for path in [Path::new("/dev/zero"), dir.path(), &large] {
+            let error = Settings::find(Some(path)).unwrap_err();
+            assert!(error.to_string().starts_with("cannot read "), "{error}");
+        }
+        assert!(Settings::find(Some(&dir.path().join("none"))).is_err());
     }
 
     #[test]

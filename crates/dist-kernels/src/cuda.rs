@@ -24,7 +24,6 @@ mod outputs;
 pub mod plans;
 mod regular_file;
 mod sample;
-mod signals;
 pub mod staging;
 mod tune;
 pub mod units;

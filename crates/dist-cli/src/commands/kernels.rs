@@ -146,8 +146,14 @@ fn fault(built: &[Built]) -> Option<Problem> {
         }
     }
     let n = wrong.len();
-    let problem = || Problem::failed(format!("{n} faults in {} units", built.len()));
-    (n > 0).then(|| problem().because(anyhow::anyhow!("{}", wrong.join("\n"))))
+    // One cause may be that of many units.
+    wrong.dedup();
+    let faults = if n == 1 { "1 fault".to_owned() } else { format!("{n} faults") };
+    let problem = Problem::failed(format!("{faults} in {} units", built.len()));
+    let problem = problem.because(anyhow::anyhow!("{}", wrong.join("\n")));
+    let help = "NVRTC 13.0.88 compiles all for the GPUs that `dist-cli kernels list` names: pip install \
+                nvidia-cuda-nvrtc==13.0.88; whether the folder has room and can be written: --out DIR takes another";
+    (n > 0).then(|| problem.help(help))
 }
 
 #[cfg(test)]

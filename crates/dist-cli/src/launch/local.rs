@@ -58,7 +58,9 @@ pub fn follow_parent() -> anyhow::Result<bool> {
         // It may have ended before that took hold.
         let now = getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
         if parent.to_str() != Some(now.to_string().as_str()) {
-            return Err(Problem::failed("the process that started this rank is gone").into());
+            let problem = Problem::failed("the process that started this rank is gone");
+            let help = format!("{STARTED_BY} is for the ranks that dist-cli starts: unset it for others");
+            return Err(problem.help(help).into());
         }
     }
     #[cfg(not(target_os = "linux"))]

@@ -30,7 +30,7 @@ pub(super) struct LinearParams {
     pub(super) d_head: i32,
 }
 
-/// `GemmArgs` of `gemm_hopper.cu`.
+/// `GemmArgs` of `gemm_hopper.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 pub(super) struct GemmParams {

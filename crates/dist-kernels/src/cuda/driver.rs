@@ -14,6 +14,7 @@ mod launch;
 mod memory;
 mod module;
 mod product;
+pub(super) mod signals;
 mod stream;
 mod tensor_map;
 

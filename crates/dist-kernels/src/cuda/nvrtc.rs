@@ -8,8 +8,8 @@ use std::ptr::{null, null_mut};
 use libloading::Library;
 
 use super::compile::{CompileError, Compiled, Compiler, Program};
+use super::driver::signals;
 use super::libraries::{Opened, Version};
-use super::signals;
 
 type Handle = *mut c_void;
 type Status = c_int;

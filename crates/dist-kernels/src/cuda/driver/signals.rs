@@ -28,7 +28,7 @@ fn watch() -> MutexGuard<'static, Watch> {
 }
 
 /// Does `work`, which calls NVRTC.
-pub(super) fn kept_while<R>(work: impl FnOnce() -> R) -> R {
+pub(in crate::cuda) fn kept_while<R>(work: impl FnOnce() -> R) -> R {
     let _kept = Kept::new();
     work()
 }
