@@ -5,6 +5,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use clap::error::{ContextKind, ContextValue};
 use clap::{
     ArgAction, ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum,
 };
@@ -161,6 +162,25 @@ pub fn typed_command(mut args: impl Iterator<Item = OsString>) -> String {
     typed
 }
 
+/// The variable that a wrong value comes from, if it is one of a flag that was not typed.
+pub fn variable_of(
+    told: &clap::Error,
+    mut args: impl Iterator<Item = OsString>,
+    is_set: impl FnOnce(&str) -> bool,
+) -> Option<String> {
+    let Some(ContextValue::String(arg)) = told.get(ContextKind::InvalidArg) else { return None };
+    let long = arg.strip_prefix("--")?.split([' ', '=']).next()?;
+    let name_of = |word: OsString| {
+        let word = word.to_string_lossy();
+        word.strip_prefix("--").and_then(|word| word.split('=').next()).map(str::to_owned)
+    };
+    if args.any(|word| name_of(word).as_deref() == Some(long)) {
+        return None;
+    }
+    let name = format!("DIST_{}", long.replace('-', "_").to_ascii_uppercase());
+    is_set(&name).then_some(name)
+}
+
 /// Reads the command line, the environment and the settings file.
 pub fn parse(args: &[OsString]) -> Result<Cli, NoRun> {
     let first = command().try_get_matches_from(args).map_err(NoRun::Clap)?;
@@ -208,6 +228,18 @@ mod tests {
                 assert_eq!(arg.get_env().and_then(|env| env.to_str()), Some(expected.as_str()));
             }
         }
+    }
+
+    #[test]
+    fn a_wrong_value_that_nobody_typed_is_a_variables() {
+        let words = |text: &str| text.split(' ').map(OsString::from).collect::<Vec<_>>();
+        let typed = words("dist-cli infer --max-seq-len abc");
+        let told = command().try_get_matches_from(&typed).unwrap_err();
+        let variable = |args: Vec<OsString>, is_set: bool| variable_of(&told, args.into_iter(), |_| is_set);
+        assert_eq!(variable(typed, true), None);
+        assert_eq!(variable(words("dist-cli infer --max-seq-len=abc"), true), None);
+        assert_eq!(variable(words("dist-cli infer"), true).as_deref(), Some("DIST_MAX_SEQ_LEN"));
+        assert_eq!(variable(words("dist-cli infer"), false), None);
     }
 
     #[test]

@@ -70,7 +70,9 @@ fn main() -> ExitCode {
 fn not_run(told: &clap::Error) -> ExitCode {
     let is_help = told.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
     if told.use_stderr() && !is_help {
-        Console::plain().usage(told, &cli::typed_command(std::env::args_os()));
+        let command = cli::typed_command(std::env::args_os());
+        let variable = cli::variable_of(told, std::env::args_os(), |name| std::env::var_os(name).is_some());
+        Console::plain().usage(told, &command, variable.as_deref());
     } else {
         // Help that nobody reads any more is no error.
         let _ = told.print();

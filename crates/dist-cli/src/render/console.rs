@@ -79,13 +79,15 @@ impl Console {
         told
     }
 
-    /// What clap has against the command line, in the shape of all other errors. `command` is what was typed.
-    pub fn usage(&self, told: &clap::Error, command: &str) {
+    /// What clap has against the command line, in the shape of all other errors. `command` is what was typed,
+    /// `variable` what a wrong value comes from if it was not.
+    pub fn usage(&self, told: &clap::Error, command: &str, variable: Option<&str>) {
         let rendered = told.render().to_string();
         let mut has_tip = false;
         for line in rendered.lines().filter(|line| !line.trim().is_empty()) {
             let told = if let Some(error) = line.strip_prefix("error: ") {
-                format!("{} {error}", self.paint("1;31", "error:"))
+                let from = variable.map(|name| format!("\n{} {name} says so", self.paint("1;31", "cause:")));
+                format!("{} {error}{}", self.paint("1;31", "error:"), from.unwrap_or_default())
             } else if let Some(tip) = line.strip_prefix("  tip: ") {
                 has_tip = true;
                 format!("{} {tip}", self.paint("1;36", "help:"))
