@@ -161,7 +161,7 @@ impl KernelCache {
 
     /// Whether this version of the compiler need not compile `program` again.
     pub fn holds_of(&self, program: &Program, compiler: Version) -> bool {
-        matches!(read(&self.path(program, compiler)), Ok(Some(_)))
+        self.kept_by(program, compiler).is_some()
     }
 
     /// Makes the folder, and writes a file to it and removes it again: whether entries can be stored.

@@ -291,7 +291,7 @@ DEVICE void gemm_multiply(const GemmArgs& args, const GemmPlace& place, const Te
     int cm = args.rows_of_cluster, cn = args.columns_of_cluster;
     bool tells = lane < cm + cn - 1;
     int peer = lane < cm ? place.n * cm + lane : (lane - cm + (lane - cm >= place.n)) * cm + place.m;
-    u32 peer_empty = cluster_address(empty, tells ? place.split * cm * cn + peer : 0);
+    u32 peer_empty = in_cluster(empty, tells ? place.split * cm * cn + peer : 0);
     u32 x0 = tile_descriptor(shared_address(shared) + group * (Sh::MI * 8192));
     u32 weight0 = tile_descriptor(shared_address(shared) + Sh::A_BYTES);
     u8* staging = shared + Sh::STAGING_AT + warp * Sh::STAGING;

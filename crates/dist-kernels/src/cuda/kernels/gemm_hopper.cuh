@@ -42,11 +42,6 @@ DEVICE void copy_box_to(u32 to, const TensorMap* map, int x, int y, u32 barrier,
 DEVICE void slot_release(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-DEVICE u32 cluster_address(u32 address, u32 rank) {
-    u32 remote;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-    return remote;
-}
 // One thread of a warp, always the same.
 DEVICE bool elected() {
     u32 is;

@@ -240,9 +240,7 @@ DEVICE void cluster_wait() {
 DEVICE float load_cluster(u32 address, u32 rank) {
     float x;
 #if HOPPER
-    u32 remote;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(remote) : "memory");
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(in_cluster(address, rank)) : "memory");
 #else
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
 #endif
@@ -253,11 +251,9 @@ constexpr __host__ __device__ int div_up(int a, int b) { return (a + b - 1) / b;
 DEVICE float4 load_cluster4(u32 address, u32 rank) {
     float4 x;
 #if HOPPER
-    u32 remote;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
     asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "r"(remote)
+                 : "r"(in_cluster(address, rank))
                  : "memory");
 #else
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
