@@ -4,16 +4,16 @@
 // swizzled as the 128-byte mode of `wgmma` wants it. One warp has the copy engine keep a ring of stages full; WG groups of
 // four warps multiply, 64 outputs each. What the copy engine writes the tensor cores may read without a fence.
 //
-// A pass ends in registers: warps exchange nothing in shared memory, so the ring has all of it. A launch takes as long as
-// some hundred instructions that are not in the cache: what ends a pass is short, and is run through once, storing nothing,
-// while the first stage is on its way.
+// A pass ends in registers: warps exchange nothing in shared memory. Its end runs once or a few times in a launch, so its
+// instructions are not in the cache: it is short, and is run through once, storing nothing, while the first stage is on its
+// way.
 //
 // The blocks of a cluster have the same outputs and share k. Each finishes an even share of the rows: the others send it
 // their sums of those (`st.async`), and it adds them in the order of the blocks, so that bits do not depend on who did.
 //
-// Launch: `<symbol>_threads` threads; shared memory up to `<symbol>_shared`: what stages, `behind`, `Mail` and `ENDS`
-// take, as far as there are stages. Parameters are LinearArgs and the maps of x and the weight: 16-bit [rows, k] and [n, k], box 64 × 8 · NT
-// and 64 × the outputs of a pass, swizzle 128 B, zeros outside. Clusters have up to four blocks, and one pass.
+// Launch: `<symbol>_threads` threads; shared memory up to `<symbol>_shared`: what stages, `behind`, `Mail` and `ENDS` take,
+// as far as there are stages. Parameters are LinearArgs and the maps of x and the weight: 16-bit [rows, k] and [n, k], box
+// 64 × 8 · NT and 64 × the outputs of a pass, swizzle 128 B, zeros outside. Clusters have up to four blocks, and one pass.
 
 template <int WG_, int NT_, int U_>
 struct RingShape {
