@@ -12,31 +12,32 @@
 //
 // A cluster is rows_of_cluster × columns_of_cluster tiles, times `splits` parts of k. Blocks beside each other share the
 // rows of x, blocks below each other the rows of the weight: each asks for its slice and the copy engine gives it to all.
-// Blocks that share a tile's k leave their sums where their rings were, and each adds and stores a share of the rows, read
-// over distributed shared memory in the order of k. Which parts k has, and where a tile begins in its part, depends on k,
-// `splits` and the column alone, and rows never meet: what a row gives does not depend on the other rows.
+// Blocks that share a tile's k finish the rows of some warps each: the others send it their sums of those (`st.async`), to
+// slots of its ring that it is done with, and it adds them in the order of k. Which parts k has, and where a tile begins in
+// its part, depends on k, `splits` and the column alone, and rows never meet: what a row gives does not depend on the others.
 //
 // Tiles are taken in groups of `group` clusters of rows, rows first, so that what runs at once shares what L2 holds. With
 // `spread` tiles begin at different places of k, so that few rows of x are not all asked of the same part of L2 at once.
 //
 // Launch: grid a multiple of the cluster's size, at most what fits at once (exactly all tiles where splits > 1);
 // 384 threads; cluster (rows_of_cluster · columns_of_cluster · splits, 1, 1), at most 8 blocks; splits at most 4 and at
-// most div_ceil(k, 64); shared memory: the module's integer `<symbol>_shared`. Parameters: GemmArgs, then three tensor maps
-// of 16-bit elements: x [rows, k] with boxes of 64 × BM / columns_of_cluster and the weight [n, k] with boxes of
-// 64 × BN / rows_of_cluster, both 128-byte swizzled, heights multiples of 8; out [rows, n] with boxes of P × 16, P being the
-// module's integer `<symbol>_part`, with a swizzle of 2 · P bytes (not read where the copy engine does not store).
+// most div_ceil(k, 64), and 1 for tiles of more than 160 outputs; shared memory: the module's integer `<symbol>_shared`.
+// Parameters: GemmArgs, then three tensor maps of 16-bit elements: x [rows, k] with boxes of 64 × BM / columns_of_cluster
+// and the weight [n, k] with boxes of 64 × BN / rows_of_cluster, both 128-byte swizzled, heights multiples of 8; out
+// [rows, n] with boxes of P × 16, P being the module's integer `<symbol>_part`, with a swizzle of 2 · P bytes (not read
+// where the copy engine does not store).
 
 // Where the sum of (row, column) of a unit lies: columns are swapped in eights, against bank conflicts.
 DEVICE int sum_at(int row, int column) { return row * 32 + (column ^ ((row & 3) << 3)); }
 
 // Unit `unit` of a warp's sums, for a loop that is not unrolled: sums stay in registers.
-template <int MI, int N>
-DEVICE void take_unit(float (&v)[16], const float (&c)[MI][N], int unit) {
+template <int N>
+DEVICE void take_unit(float (&v)[16], const float (&c)[N], int unit) {
 #pragma unroll
-    for (int u = 0; u < MI * N / 16; u++) {
+    for (int u = 0; u < N / 16; u++) {
         if (unit == u) {
 #pragma unroll
-            for (int i = 0; i < 16; i++) v[i] = c[u / (N / 16)][u % (N / 16) * 16 + i];
+            for (int i = 0; i < 16; i++) v[i] = c[u * 16 + i];
         }
     }
 }
@@ -72,24 +73,24 @@ DEVICE void store_unit(const LinearArgs& args, const float (&v)[16], float* stag
 
 // Stores a warp's sums where the copy engine cannot: from row `row0` and output `column0` on.
 template <class T, class Sh>
-DEVICE void store_rows(const LinearArgs& args, const float (&c)[Sh::MI][Sh::BN / 2], float* staging, int row0,
-                       int column0) {
+DEVICE void store_rows(const LinearArgs& args, const float (&c)[Sh::BN / 2], float* staging, int row0, int column0) {
+    if (row0 >= args.rows) return;
 #pragma unroll 1
-    for (int unit = 0; unit < Sh::MI * Sh::UNITS; unit++) {
-        int row = row0 + unit / Sh::UNITS * 64, column = column0 + unit % Sh::UNITS * Sh::UNIT;
-        if (row >= args.rows || column >= args.n) continue;
+    for (int unit = 0; unit < Sh::UNITS; unit++) {
+        int column = column0 + unit * Sh::UNIT;
+        if (column >= args.n) return;
         float v[16];
         take_unit(v, c, unit);
-        store_unit<T, Sh>(args, v, staging, row, column);
+        store_unit<T, Sh>(args, v, staging, row0, column);
     }
 }
 
-// What a warp asks for while a tile's last products are under way: two outputs' bias in every 64 from a lane, and where a
-// row of keys and values goes in every 64 rows.
+// What a warp asks for while a tile's last products are under way: two outputs' bias in every 64 from a lane, and where its
+// row's keys and values go.
 template <class Sh>
 struct TileWants {
     u32 bias[div_up(Sh::BN, 64)];
-    int slots[Sh::MI];
+    int slot;
 };
 
 template <class Sh>
@@ -101,59 +102,46 @@ DEVICE void ask_for(TileWants<Sh>& wants, const LinearArgs& args, int row0, int 
         bool has_two = args.bias && column + 1 < args.n, has_one = args.bias && column + 1 == args.n;
         wants.bias[i] = has_two ? *(const u32*)(args.bias + column) : has_one ? args.bias[column] : 0;
     }
-#pragma unroll
-    for (int m = 0; m < Sh::MI; m++) {
-        int row = row0 + m * 64 + (lane & 15);
-        wants.slots[m] = args.k_cache && row < args.rows ? args.slots[row] : -1;
-    }
-}
-
-// All of a warp's sums in one row.
-template <class Sh>
-DEVICE float& sum_of(float (&c)[Sh::MI][Sh::BN / 2], int i) {
-    return c[i / (Sh::BN / 2)][i % (Sh::BN / 2)];
+    int row = row0 + (lane & 15);
+    wants.slot = args.k_cache && row < args.rows ? args.slots[row] : -1;
 }
 
 template <class T, class Sh>
-DEVICE void add_bias(float (&c)[Sh::MI][Sh::BN / 2], const TileWants<Sh>& wants) {
+DEVICE void add_bias(float (&c)[Sh::BN / 2], const TileWants<Sh>& wants) {
     int t = threadIdx.x & 3;
 #pragma unroll
     for (int j = 0; j < Sh::BN / 8; j++) {
         float2 b = widen2<T>(__shfl_sync(~0u, wants.bias[j / 8], j % 8 * 4 + t));
-#pragma unroll
-        for (int m = 0; m < Sh::MI; m++) {
-            float* x = c[m] + j * 4;
-            x[0] += b.x, x[1] += b.y, x[2] += b.x, x[3] += b.y;
-        }
+        c[j * 4] += b.x, c[j * 4 + 1] += b.y, c[j * 4 + 2] += b.x, c[j * 4 + 3] += b.y;
     }
 }
 
-// Copies what a box has of keys and values from shared memory to the cache, 16 bytes a thread; `slots` has a lane's row.
+// Copies what a box has of keys and values from shared memory to the cache, 16 bytes a thread; `slot` is that of a lane's row.
 template <class Sh>
-DEVICE void append_box(const LinearArgs& args, int slots, u32 box, int column0) {
+DEVICE void append_box(const LinearArgs& args, int slot, u32 box, int column0) {
     constexpr int PIECES = Sh::PART / 8, ROWS = 32 / PIECES;
     int lane = threadIdx.x & 31, piece = lane % PIECES;
     int d_kv = args.n_kv_heads * args.d_head, first = args.n - 2 * d_kv, at = column0 + piece * 8 - first;
     if (column0 + Sh::PART <= first) return;
-    int block = slots / args.block_size, offset = slots - block * args.block_size;
+    int block = slot / args.block_size, offset = slot - block * args.block_size;
     u16* cache = at < d_kv ? args.k_cache : args.v_cache;
     at = at < d_kv ? at : at - d_kv;
     int head = at / args.d_head, dim = at - head * args.d_head;
 #pragma unroll 1
     for (int r = lane / PIECES; r < 16; r += ROWS) {
-        int slot = __shfl_sync(~0u, slots, r), its_block = __shfl_sync(~0u, block, r);
+        int its_slot = __shfl_sync(~0u, slot, r), its_block = __shfl_sync(~0u, block, r);
         int its_offset = __shfl_sync(~0u, offset, r);
-        if (slot < 0 || at < 0 || at >= d_kv) continue;
+        if (its_slot < 0 || at < 0 || at >= d_kv) continue;
         i64 place = (((i64)its_block * args.n_kv_heads + head) * args.block_size + its_offset) * args.d_head;
         *(uint4*)(cache + place + dim) = load_shared16(box + piece_of<Sh>(r, piece));
     }
 }
 
-// Rounds a box of a warp's sums into shared memory, from sum `from` on, and has the copy engine store it. Every box is a
-// group of stores of its own, empty where it is outside, so that which box has been read is known by counting.
+// Rounds a box of a warp's sums into shared memory, and has the copy engine store it. Every box is a group of stores of its
+// own, empty where it is outside, so that which box has been read is known by counting.
 template <class T, class Sh>
-DEVICE void send_box(const LinearArgs& args, const TensorMap* out_map, float (&c)[Sh::MI][Sh::BN / 2], int from,
-                     int slots, u32 box, int row, int column) {
+DEVICE void send_box(const LinearArgs& args, const TensorMap* out_map, const float* c, int slot, u32 box, int row,
+                     int column) {
     int lane = threadIdx.x & 31;
     u32 at = piece_of<Sh>(lane & 15, lane >> 4);  // where this thread's address of four 8 × 8 matrices is
     if (elected()) stores_read<Sh::BOXES - 1>();
@@ -161,7 +149,7 @@ DEVICE void send_box(const LinearArgs& args, const TensorMap* out_map, float (&c
     if (row < args.rows && column < args.n) {
 #pragma unroll
         for (int q = 0; q < Sh::PART / 16; q++) {
-            const float* x = &sum_of<Sh>(c, from + q * 8);
+            const float* x = c + q * 8;
             store_matrices(box + (at ^ q << 5), narrow2<T>(x[0], x[1]), narrow2<T>(x[2], x[3]), narrow2<T>(x[4], x[5]),
                            narrow2<T>(x[6], x[7]));
         }
@@ -172,7 +160,7 @@ DEVICE void send_box(const LinearArgs& args, const TensorMap* out_map, float (&c
                          "r"(column), "r"(row), "r"(box)
                          : "memory");
         }
-        if (args.k_cache) append_box<Sh>(args, slots, box, column);
+        if (args.k_cache) append_box<Sh>(args, slot, box, column);
     }
     if (elected()) asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -180,19 +168,19 @@ DEVICE void send_box(const LinearArgs& args, const TensorMap* out_map, float (&c
 // Stores a warp's sums by the copy engine: from row `row0` and output `column0` on. What takes many instructions, GELU, is
 // in a loop that is not unrolled; the sums move down in it.
 template <class T, class Sh>
-DEVICE void send_tile(const LinearArgs& args, const TensorMap* out_map, float (&c)[Sh::MI][Sh::BN / 2],
-                      const TileWants<Sh>& wants, u32 staging, int row0, int column0) {
-    constexpr int N = Sh::MI * Sh::BN / 2, PARTS = Sh::BN / Sh::PART, OF_BOX = Sh::PART / 2;
+DEVICE void send_tile(const LinearArgs& args, const TensorMap* out_map, float (&c)[Sh::BN / 2], const TileWants<Sh>& wants,
+                      u32 staging, int row0, int column0) {
+    constexpr int N = Sh::BN / 2, OF_BOX = Sh::PART / 2;
     if (args.bias) add_bias<T, Sh>(c, wants);
     if (args.activation == 0 || args.activation == 3) {
         if (args.activation == 3) {
 #pragma unroll
-            for (int i = 0; i < N; i++) sum_of<Sh>(c, i) = fmaxf(sum_of<Sh>(c, i), 0.0f);
+            for (int i = 0; i < N; i++) c[i] = fmaxf(c[i], 0.0f);
         }
 #pragma unroll
         for (int i = 0; i < Sh::ALL_BOXES; i++) {
-            send_box<T, Sh>(args, out_map, c, i * OF_BOX, wants.slots[i / PARTS], staging + i % Sh::BOXES * Sh::BOX,
-                            row0 + i / PARTS * 64, column0 + i % PARTS * Sh::PART);
+            send_box<T, Sh>(args, out_map, c + i * OF_BOX, wants.slot, staging + i % Sh::BOXES * Sh::BOX, row0,
+                            column0 + i * Sh::PART);
         }
         return;
     }
@@ -200,84 +188,15 @@ DEVICE void send_tile(const LinearArgs& args, const TensorMap* out_map, float (&
     for (int i = 0; i < Sh::ALL_BOXES; i++) {
         if (args.activation == 1) {
 #pragma unroll
-            for (int j = 0; j < OF_BOX; j++) sum_of<Sh>(c, j) = gelu_tanh(sum_of<Sh>(c, j));
+            for (int j = 0; j < OF_BOX; j++) c[j] = gelu_tanh(c[j]);
         } else {
 #pragma unroll
-            for (int j = 0; j < OF_BOX; j++) sum_of<Sh>(c, j) = gelu_erf(sum_of<Sh>(c, j));
+            for (int j = 0; j < OF_BOX; j++) c[j] = gelu_erf(c[j]);
         }
-        int slots = i < PARTS ? wants.slots[0] : wants.slots[Sh::MI - 1];
-        send_box<T, Sh>(args, out_map, c, 0, slots, staging + i % Sh::BOXES * Sh::BOX, row0 + i / PARTS * 64,
-                        column0 + i % PARTS * Sh::PART);
+        send_box<T, Sh>(args, out_map, c, wants.slot, staging + i % Sh::BOXES * Sh::BOX, row0, column0 + i * Sh::PART);
 #pragma unroll
-        for (int j = 0; j < N - OF_BOX; j++) sum_of<Sh>(c, j) = sum_of<Sh>(c, j + OF_BOX);
+        for (int j = 0; j < N - OF_BOX; j++) c[j] = c[j + OF_BOX];
     }
-}
-
-// A thread's outputs of one row in the shared memory of block `rank`. Nothing is read that is not used: that block's
-// memory lasts until all have met, and only what is used has surely arrived by then.
-DEVICE void load_shared_outputs(float (&x)[4], const float* at, const LinearOutputs& outputs, u32 rank) {
-    if (outputs.whole) {
-        float4 v = load_cluster4(shared_address(at), rank);
-        x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
-        return;
-    }
-#pragma unroll
-    for (int v = 0; v < 4; v++) {
-        if (v < outputs.n) x[v] = load_cluster(shared_address(at + v * outputs.stride), rank);
-    }
-}
-
-// Blocks that share a tile's k: each writes its sums where its ring was; when all have, each adds its share of the rows,
-// in the order of k, and stores them. 256 threads; the others of the block meet the cluster once meanwhile.
-template <class T, class Sh>
-DEVICE void share_rows(const GemmArgs& args, const GemmPlace& place, const float (&c)[Sh::MI][Sh::BN / 2], u8* shared,
-                       const GemmCorner& corner) {
-    constexpr int LD = Sh::BN + 8, LANES = Sh::BN / 4, SWEEP = 256 / LANES, BATCH = 4, MOST = 4;
-    static_assert(Sh::BM * LD * 4 <= Sh::S * Sh::STAGE, "sums in the ring");
-    const LinearArgs& linear = args.linear;
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, splits = args.splits;
-    int rows = max_of(0, min_of(Sh::BM, linear.rows - corner.row));
-    float* sums = (float*)shared;
-    sync_256();  // both groups of warps are done with the ring
-#pragma unroll
-    for (int m = 0; m < Sh::MI; m++) {
-        int row = (warp >> 2) * (Sh::MI * 64) + m * 64 + (warp & 3) * 16;
-        if (row >= rows) continue;
-        float* to = sums + (row + (lane >> 2)) * LD + (lane & 3) * 2;
-#pragma unroll
-        for (int j = 0; j < Sh::BN / 8; j++) {
-            *(float2*)(to + j * 8) = make_float2(c[m][j * 4], c[m][j * 4 + 1]);
-            *(float2*)(to + 8 * LD + j * 8) = make_float2(c[m][j * 4 + 2], c[m][j * 4 + 3]);
-        }
-    }
-    __syncwarp();
-    cluster_arrive();
-    int end_column = min_of(linear.n, corner.column + Sh::BN);
-    LinearOutputs outputs = outputs_of<T>(linear, corner.column, end_column, threadIdx.x % LANES, LANES);
-    __syncwarp();
-    cluster_wait();
-    int step = args.rows_of_cluster * args.columns_of_cluster, rank = place.n * args.rows_of_cluster + place.m;
-    int begin = rows * place.split / splits, end = rows * (place.split + 1) / splits;
-    if (threadIdx.x < LANES * SWEEP && outputs.n > 0) {
-#pragma unroll 1
-        for (int row = begin + threadIdx.x / LANES; row < end; row += SWEEP * BATCH) {
-            float part[MOST][BATCH][4] = {}, total[BATCH][4];
-            const float* at = sums + row * LD + (outputs.column - corner.column);
-#pragma unroll
-            for (int i = 0; i < MOST * BATCH; i++) {
-                int s = i / BATCH, r = i % BATCH;
-                if (s >= splits || row + r * SWEEP >= end) continue;
-                load_shared_outputs(part[s][r], at + r * (SWEEP * LD), outputs, rank + s * step);
-            }
-#pragma unroll
-            for (int i = 0; i < BATCH * 4; i++) {
-                int r = i / 4, v = i % 4;
-                total[r][v] = part[0][r][v] + part[1][r][v] + part[2][r][v] + part[3][r][v];
-            }
-            finish_rows<T, BATCH>(linear, outputs, corner.row + row, SWEEP, corner.row + end, total);
-        }
-    }
-    __syncwarp();
 }
 
 // The two groups of warps that multiply.
@@ -292,16 +211,15 @@ DEVICE void gemm_multiply(const GemmArgs& args, const GemmPlace& place, const Te
     bool tells = lane < cm + cn - 1;
     int peer = lane < cm ? place.n * cm + lane : (lane - cm + (lane - cm >= place.n)) * cm + place.m;
     u32 peer_empty = in_cluster(empty, tells ? place.split * cm * cn + peer : 0);
-    u32 x0 = tile_descriptor(shared_address(shared) + group * (Sh::MI * 8192));
+    u32 x0 = tile_descriptor(shared_address(shared) + group * 8192);
     u32 weight0 = tile_descriptor(shared_address(shared) + Sh::A_BYTES);
     u8* staging = shared + Sh::STAGING_AT + warp * Sh::STAGING;
-    float sums[Sh::MI][Sh::BN / 2];
+    float sums[Sh::BN / 2];
     int slot = 0, parity = 0;
 #pragma unroll 1
     for (int tile = place.cluster; tile < place.tiles; tile += place.step) {
         int last = 0;
-#pragma unroll
-        for (int m = 0; m < Sh::MI; m++) hold(sums[m]);
+        hold(sums);
 #pragma unroll 1
         for (int stage = 0; stage < place.stages; stage++) {
             slot_wait(full + slot * 8, parity);
@@ -309,11 +227,7 @@ DEVICE void gemm_multiply(const GemmArgs& args, const GemmPlace& place, const Te
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
             for (int step = 0; step < 4; step++) {
-#pragma unroll
-                for (int m = 0; m < Sh::MI; m++) {
-                    wgmma<T, Sh::BN>(sums[m], descriptor(x + m * 512 + step * 2), descriptor(weight + step * 2),
-                                     step > 0 || stage > 0);
-                }
+                wgmma<T, Sh::BN>(sums, descriptor(x + step * 2), descriptor(weight + step * 2), step > 0 || stage > 0);
             }
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
             if (stage > 0) {
@@ -324,16 +238,15 @@ DEVICE void gemm_multiply(const GemmArgs& args, const GemmPlace& place, const Te
             if (++slot == Sh::S) slot = 0, parity ^= 1;
         }
         GemmCorner corner = corner_of<Sh>(args, place, tile);
-        int row0 = corner.row + group * (Sh::MI * 64) + (warp & 3) * 16;
+        int row0 = corner.row + warp * 16;
         TileWants<Sh> wants;
         ask_for<Sh>(wants, linear, row0, corner.column);
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-        for (int m = 0; m < Sh::MI; m++) hold(sums[m]);
+        hold(sums);
         if (tells) slot_release(peer_empty + last * 8);
-        if (args.splits > 1) {
-            share_rows<T, Sh>(args, place, sums, shared, corner);
-            break;  // the block's only tile
+        if constexpr (Sh::SHARES_K) {
+            // Where it is shared this is the block's only tile.
+            if (args.splits > 1 && !GemmMail<Sh>(args, place, shared_address(shared)).exchange(sums, warp)) break;
         }
         if (sends) send_tile<T, Sh>(linear, out_map, sums, wants, shared_address(staging), row0, corner.column);
         else store_rows<T, Sh>(linear, sums, (float*)staging, row0, corner.column);
@@ -347,16 +260,27 @@ DEVICE void gemm(const GemmArgs& args, const TensorMap* x_map, const TensorMap* 
     extern __shared__ __align__(1024) u8 shared[];
     u32 full = shared_address(shared + Sh::BARRIERS), empty = full + Sh::S * 8;
     int size = args.rows_of_cluster * args.columns_of_cluster * args.splits;
+    if (!Sh::SHARES_K && args.splits > 1) __trap();
     let_next_start();
     if (threadIdx.x == 256) prefetch_map(weight_map);
     if (threadIdx.x == 288) prefetch_map(x_map);
-    if (threadIdx.x < Sh::S) {
-        barrier_init(full + threadIdx.x * 8, 1);
-        barrier_init(empty + threadIdx.x * 8, 8 * (args.rows_of_cluster + args.columns_of_cluster - 1));
+    // By one thread: lanes would take turns, a dozen instructions each.
+    if (threadIdx.x == 0) {
+#pragma unroll
+        for (int i = 0; i < Sh::S; i++) {
+            barrier_init(full + i * 8, 1);
+            barrier_init(empty + i * 8, 8 * (args.rows_of_cluster + args.columns_of_cluster - 1));
+        }
+        if (Sh::SHARES_K && args.splits > 1) {
+            barrier_init(empty + Sh::S * 8, args.splits - 1);
+#pragma unroll
+            for (int i = 1; i < 9; i++) barrier_init(empty + (Sh::S + i) * 8, 1);
+        }
         barriers_ready();
     }
     GemmPlace place = gemm_place<Sh>(args);
     __syncthreads();
+    if (Sh::SHARES_K && args.splits > 1 && threadIdx.x < 8) GemmMail<Sh>(args, place, shared_address(shared)).expect(threadIdx.x);
     if (size > 1) cluster_meet();
     if (threadIdx.x >= 256) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -366,15 +290,13 @@ DEVICE void gemm(const GemmArgs& args, const TensorMap* x_map, const TensorMap* 
         } else if (warp == 9) {
             if (elected()) gemm_fill<Sh, false>(args, place, x_map, shared_address(shared), full, empty);
         }
-        __syncwarp();
-        if (args.splits > 1) cluster_meet();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         wait_for_previous();
         gemm_multiply<T, Sh>(args, place, out_map, shared, full, empty);
-        __syncwarp();
     }
-    // Others may still write to this block's barriers.
+    __syncwarp();
+    // Others may still write to this block's barriers and mail.
     if (size > 1) cluster_meet();
 }
 

@@ -8,19 +8,23 @@ struct GemmArgs {
 
 // The copy engine stores PART outputs of a warp's 16 rows at once, from one of a warp's BOXES. Where it cannot store, a warp
 // stores UNIT outputs at a time.
-template <int BM_, int BN_>
+template <int BN_>
 struct GemmShape {
-    static constexpr int BM = BM_, BN = BN_, MI = BM / 128;  // products of 64 rows of a group of warps
+    static constexpr int BM = 128, BN = BN_;  // each of two groups of warps multiplies half of the rows
     static constexpr int PART = BN % 64 == 0 ? 64 : 32, BOX = PART * 32;
     static constexpr int UNIT = 32, UNITS = BN / UNIT;
     static constexpr int STAGE = (BM + BN) * 128, A_BYTES = BM * 128;
     static constexpr int FIT = (SHARED_MOST - 16 * BOX - 256) / STAGE;
     static constexpr int S = FIT < 8 ? FIT : 8;
-    static constexpr int ALL_BOXES = MI * BN / PART, ROOM = (SHARED_MOST - 256 - S * STAGE) / (8 * BOX);
+    static constexpr int ALL_BOXES = BN / PART, ROOM = (SHARED_MOST - 256 - S * STAGE) / (8 * BOX);
     static constexpr int BOXES = ROOM >= ALL_BOXES ? ALL_BOXES : 2;
     static constexpr int STAGING = BOXES * BOX;  // of a warp, or a unit in f32
-    static constexpr int STAGING_AT = S * STAGE, BARRIERS = STAGING_AT + 8 * STAGING, SHARED = BARRIERS + 2 * S * 8;
-    static_assert(BM % 128 == 0 && BN % 32 == 0 && S >= 3 && SHARED <= SHARED_MOST, "shape");
+    // Two barriers a stage; one of the mail and one for each warp's.
+    static constexpr int STAGING_AT = S * STAGE, BARRIERS = STAGING_AT + 8 * STAGING, SHARED = BARRIERS + (2 * S + 9) * 8;
+    // Sheets of mail, a warp's sums, in a stage's slot; and slots for the six that a block gets at most.
+    static constexpr int SHEET = 64 * BN, SHEETS = STAGE / SHEET, MAIL_SLOTS = div_up(6, SHEETS);
+    static constexpr bool SHARES_K = BN <= 160;  // more sums than there are registers for, else
+    static_assert(BN % 32 == 0 && S >= 3 && S > MAIL_SLOTS && SHARED <= SHARED_MOST, "shape");
     static_assert(STAGING >= 2048 && STAGING % 1024 == 0 && ALL_BOXES % BOXES == 0, "boxes");
 };
 
@@ -170,6 +174,82 @@ DEVICE GemmCorner corner_of(const GemmArgs& args, const GemmPlace& place, int ti
     return {m * Sh::BM, (column * args.columns_of_cluster + place.n) * Sh::BN, start};
 }
 
+// Blocks that share a tile's k: each finishes the rows of some of the eight warps, to which the others send their sums. Mail
+// comes to the slots that the ring is done with first, as soon as their block has said so: stages before the end.
+template <class Sh>
+struct GemmMail {
+    int split, splits;      // which part of k, of how many
+    int rank, step;         // of the block with the first part, and to that with the next one
+    int all_stages;         // of k
+    u32 shared, barriers;   // the ring; what says that others take mail, and what says to a warp that all of its is there
+
+    DEVICE_MEMBER GemmMail(const GemmArgs& args, const GemmPlace& place, u32 ring)
+        : split(place.split), splits(args.splits), rank(place.n * args.rows_of_cluster + place.m),
+          step(args.rows_of_cluster * args.columns_of_cluster), all_stages(div_ceil(args.linear.k, 64)), shared(ring),
+          barriers(ring + Sh::BARRIERS + 2 * Sh::S * 8) {}
+    DEVICE_MEMBER u32 letters(int warp) const { return barriers + 8 + warp * 8; }
+    // The warps of the block with part `p` begin here, and end where those of the next one begin.
+    DEVICE_MEMBER int first_of(int p) const { return share_of(8 * p, splits); }
+    DEVICE_MEMBER int owner_of(int warp) const {
+        int owner = 0;
+        for (int p = 1; p < splits; p++) owner += warp >= first_of(p);
+        return owner;
+    }
+    DEVICE_MEMBER int stages_of(int p) const {
+        return share_of(all_stages * (p + 1), splits) - share_of(all_stages * p, splits);
+    }
+    // Where the block with part `to` gets the sums of its warp `warp` from that with part `from`.
+    DEVICE_MEMBER u32 sheet(int to, int warp, int from) const {
+        int at = (warp - first_of(to)) * (splits - 1) + from - (from > to);
+        int slot = (stages_of(to) + at / Sh::SHEETS) % Sh::S;
+        return shared + slot * Sh::STAGE + at % Sh::SHEETS * Sh::SHEET + (threadIdx.x & 31) * 16;
+    }
+    DEVICE_MEMBER void expect(int warp) const {
+        if (owner_of(warp) == split) barrier_expect(letters(warp), (splits - 1) * Sh::SHEET);
+    }
+    // Says to the others that the slots of the mail are free.
+    DEVICE_MEMBER void open() const {
+        for (int to = 0; to < splits; to++) {
+            if (to != split) slot_release(in_cluster(barriers, rank + to * step));
+        }
+    }
+    // Gives a warp's sums away, or adds to them what the others sent, in the order of k; whether they are this block's to
+    // store.
+    DEVICE_MEMBER bool exchange(float (&c)[Sh::BN / 2], int warp) const {
+        constexpr int N = Sh::BN / 2, PART = N > 64 ? N / 2 : N;  // as registers allow
+        int owner = owner_of(warp);
+        if (owner != split) {
+            int to = rank + owner * step;
+            u32 there = in_cluster(sheet(owner, warp, split), to), arrival = in_cluster(letters(warp), to);
+            slot_wait(barriers, 0);
+#pragma unroll
+            for (int j = 0; j < N / 4; j++) send_cluster4(there + j * 512, c + j * 4, arrival);
+            return false;
+        }
+        barrier_wait(letters(warp), 0);
+#pragma unroll
+        for (int part = 0; part < N; part += PART) {
+            float total[PART] = {};
+#pragma unroll 1
+            for (int from = 0; from < splits; from++) {
+                u32 here = sheet(split, warp, from) + part * 128;
+#pragma unroll
+                for (int j = 0; j < PART; j += 4) {
+                    uint4 sent = make_uint4(0, 0, 0, 0);
+                    if (from != split) sent = load_shared16(here + j * 128);
+                    float v[4] = {__uint_as_float(sent.x), __uint_as_float(sent.y), __uint_as_float(sent.z),
+                                  __uint_as_float(sent.w)};
+#pragma unroll
+                    for (int e = 0; e < 4; e++) total[j + e] += from == split ? c[part + j + e] : v[e];
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < PART; i++) c[part + i] = total[i];
+        }
+        return true;
+    }
+};
+
 // The two warps that ask: WEIGHT for the weight, which is asked for before the wait for the kernel before, on whose work
 // it does not depend; the other for x.
 template <class Sh, bool WEIGHT>
@@ -195,5 +275,13 @@ DEVICE void gemm_fill(const GemmArgs& args, const GemmPlace& place, const Tensor
             if (k == k_end) k = place.first * 64;
             if (++slot == Sh::S) slot = 0, parity ^= 1;
         }
+    }
+    if (WEIGHT && Sh::SHARES_K && args.splits > 1) {
+#pragma unroll 1
+        for (int i = 0; i < Sh::MAIL_SLOTS; i++) {
+            slot_wait(empty + slot * 8, parity);
+            if (++slot == Sh::S) slot = 0, parity ^= 1;
+        }
+        GemmMail<Sh>(args, place, ring).open();
     }
 }

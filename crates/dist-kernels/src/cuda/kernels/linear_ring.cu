@@ -284,13 +284,16 @@ DEVICE void linear_ring(const LinearArgs& args, const TensorMap* x, const Tensor
     Ring<Sh> ring(shared_address(shared), shared_address(shared) + ends, walk.per_pass, ends - mail.bytes);
     int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
     if (warp == Sh::WG * 4) {
-        if (lane < ring.stages) {
-            barrier_init(ring.full + lane * 8, 1);
-            barrier_init(ring.empty + lane * 8, Sh::WG * 4);
+        // By one lane: all of them would take turns, a dozen instructions each.
+        if (lane == 0) {
+#pragma unroll
+            for (int i = 0; i < Sh::MOST; i++) {
+                barrier_init(ring.full + i * 8, 1);
+                barrier_init(ring.empty + i * 8, Sh::WG * 4);
+            }
+            if (mail.parts > 1) mail.open();
+            barriers_ready();
         }
-        if (lane == 0 && mail.parts > 1) mail.open();
-        barriers_ready();
-        __syncwarp();
         Filler<Sh> filler = {x, weight, walk, total, min_of(total, ring.stages)};
         if (lane == 0) filler.begin(ring);
         __syncthreads();

@@ -147,7 +147,7 @@ DEVICE u32 in_cluster(u32 address, u32 rank) {
     return remote;
 }
 // Four floats to another block; its barrier counts their bytes.
-DEVICE void send_cluster4(u32 to, const float (&v)[4], u32 barrier) {
+DEVICE void send_cluster4(u32 to, const float* v, u32 barrier) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
                  "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
                  : "memory");
@@ -226,9 +226,10 @@ DEVICE u32 cluster_size() {
 #endif
     return size;
 }
+// Makes no writes visible: for barriers, which have a fence of their own.
 DEVICE void cluster_arrive() {
 #if HOPPER
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 DEVICE void cluster_wait() {
@@ -236,34 +237,7 @@ DEVICE void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
-// A float in the shared memory of block `rank`, at our own address `address`.
-DEVICE float load_cluster(u32 address, u32 rank) {
-    float x;
-#if HOPPER
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(in_cluster(address, rank)) : "memory");
-#else
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
-#endif
-    return x;
-}
-
 constexpr __host__ __device__ int div_up(int a, int b) { return (a + b - 1) / b; }
-DEVICE float4 load_cluster4(u32 address, u32 rank) {
-    float4 x;
-#if HOPPER
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "r"(in_cluster(address, rank))
-                 : "memory");
-#else
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "r"(address)
-                 : "memory");
-#endif
-    return x;
-}
-
 DEVICE int div_ceil(int a, int b) { return (a + b - 1) / b; }
 // a / b for a below 2^21, without the long way of a division: many of these stand before a block's first load.
 DEVICE int quotient(int a, int b) { return (int)__fdividef((float)a + 0.5f, (float)b); }
