@@ -30,6 +30,9 @@ const REPLAYS: usize = 7;
 /// What an H100 reads and multiplies a second, about: only the number of launches depends on it.
 const ABOUT: (f64, f64) = (3e12, 6e14);
 
+/// A recording.
+pub(crate) type Graph = <CudaBackend as Backend>::Graph;
+
 /// Another backend whose `linear` is measured beside the first one's.
 pub(crate) struct Column {
     pub(crate) name: &'static str,
@@ -194,11 +197,37 @@ pub(crate) fn median_of_draws(
     backend: &mut CudaBackend,
     n: usize,
     rows: &[SampleRow],
-    mut step: impl FnMut(&mut CudaBackend, usize) -> Result<()>,
+    step: impl FnMut(&mut CudaBackend, usize) -> Result<()>,
 ) -> Result<f64> {
+    let graph = recorded(backend, n, step)?;
+    let times = backend.time_replays(&graph, rows, REPLAYS)?;
+    Ok(of_step(times, n))
+}
+
+/// A graph of `n` steps.
+pub(crate) fn recorded(
+    backend: &mut CudaBackend,
+    n: usize,
+    mut step: impl FnMut(&mut CudaBackend, usize) -> Result<()>,
+) -> Result<Graph> {
     let graph = backend.capture(&mut |backend| (0..n).try_for_each(|idx| step(backend, idx)))?;
-    let graph = graph.expect("this backend has graphs");
-    let mut times = backend.time_replays(&graph, rows, REPLAYS)?;
+    Ok(graph.expect("this backend has graphs"))
+}
+
+/// Medians of graphs of `n` steps each that are replayed in turn: who multiplies at full power lowers the clock for a
+/// while, which must not be another's loss.
+pub(crate) fn medians_in_turn(graphs: &mut [(&mut CudaBackend, Graph)], n: usize) -> Result<Vec<f64>> {
+    let mut times = vec![Vec::new(); graphs.len()];
+    for _ in 0..REPLAYS {
+        for ((backend, graph), times) in graphs.iter_mut().zip(&mut times) {
+            times.extend(backend.time_replays(graph, &[], 1)?);
+        }
+    }
+    Ok(times.into_iter().map(|times| of_step(times, n)).collect())
+}
+
+/// Seconds of a step: the median of `times`, milliseconds of `n` steps each.
+fn of_step(mut times: Vec<f32>, n: usize) -> f64 {
     times.sort_by(f32::total_cmp);
-    Ok(f64::from(times[times.len() / 2]) / 1e3 / n as f64)
+    f64::from(times[times.len() / 2]) / 1e3 / n as f64
 }

@@ -1,5 +1,7 @@
 //! `linear` and `logits`: for few rows the weight is read, for many it is multiplied.
 
+use std::iter;
+
 use dist_core::DType;
 use dist_kernels::Backend;
 use dist_kernels::Result;
@@ -9,7 +11,7 @@ use dist_kernels::cuda::{CudaBackend, CudaBuf, EpilogueKind, ProductShape};
 use dist_kernels::weight::Weight;
 use serde_json::json;
 
-use crate::gpu::{DTYPE, Gpu, median, n_launches, n_rotating};
+use crate::gpu::{DTYPE, Gpu, Graph, medians_in_turn, n_launches, n_rotating, recorded};
 use crate::report::{Bar, Line, Report, Work};
 
 /// Widths of GPT-3.
@@ -102,12 +104,17 @@ impl Operands {
         Ok(Self { x, weights, out })
     }
 
-    /// Seconds of one product.
-    fn time(&mut self, backend: &mut CudaBackend, shape: Shape, rows: usize) -> Result<f64> {
-        let Self { x, weights, out } = self;
+    /// Products one after another.
+    fn n_launches(&self, shape: Shape, rows: usize) -> usize {
         let flop = 2.0 * (rows * shape.n * shape.k) as f64;
-        let n = n_launches(shape.n_bytes(), flop, weights.len());
-        median(backend, n, |backend, idx| {
+        n_launches(shape.n_bytes(), flop, self.weights.len())
+    }
+
+    /// A graph of them.
+    fn record(&mut self, backend: &mut CudaBackend, shape: Shape, rows: usize) -> Result<Graph> {
+        let n = self.n_launches(shape, rows);
+        let Self { x, weights, out } = self;
+        recorded(backend, n, |backend, idx| {
             let weight = &weights[idx % weights.len()];
             if shape.is_head() {
                 return backend.logits(LogitsArgs { out, x, head: weight, rows });
@@ -146,19 +153,22 @@ fn run_shape(gpu: &mut Gpu, shape: Shape, rows_of_shape: &[usize], report: &mut 
     let planned = gpu.others.iter_mut().map(|column| plans(&mut column.backend, shape, rows_of_shape));
     let planned = planned.collect::<Result<Vec<_>>>()?.concat();
     for &rows in rows_of_shape {
-        let seconds = operands.time(&mut gpu.backend, shape, rows)?;
-        let beside = gpu.others.iter_mut().map(|column| {
-            let seconds = operands.time(&mut column.backend, shape, rows)?;
-            Ok((column.name, seconds))
+        let names = gpu.others.iter().map(|column| column.name).collect::<Vec<_>>();
+        let backends =
+            iter::once(&mut gpu.backend).chain(gpu.others.iter_mut().map(|column| &mut column.backend));
+        let graphs = backends.map(|backend| {
+            let graph = operands.record(backend, shape, rows)?;
+            Ok((backend, graph))
         });
-        let beside = beside.collect::<Result<_>>()?;
+        let mut graphs = graphs.collect::<Result<Vec<_>>>()?;
+        let medians = medians_in_turn(&mut graphs, operands.n_launches(shape, rows))?;
         let Shape { model, op, n, k } = shape;
         report.push(Line {
             name: shape.name(rows),
             shape: json!({ "op": op, "model": model, "rows": rows, "n": n, "k": k }),
-            seconds,
+            seconds: medians[0],
             work: shape.work(rows),
-            beside,
+            beside: names.into_iter().zip(medians[1..].iter().copied()).collect(),
             runs: planned.iter().find(|plan| Some(plan.0) == bucket(rows)).map(|plan| plan.1),
             bars: shape.bars(rows),
         });
