@@ -107,7 +107,7 @@ fn golden_fixture(name: &str) -> (Checkpoint, Vec<Golden>) {
 #[test]
 fn fixtures_have_the_reference_logprobs_on_a_gpu() {
     for name in NAMES {
-        let Some(gpu) = gpu("fixtures_have_the_reference_logprobs_on_a_gpu") else { return };
+        let Some((_one, gpu)) = gpu("fixtures_have_the_reference_logprobs_on_a_gpu") else { return };
         let (checkpoint, cases) = golden_fixture(name);
         check(gpu, &checkpoint, &cases);
     }
@@ -129,7 +129,7 @@ fn demo() -> (Checkpoint, Vec<Golden>) {
 
 #[test]
 fn the_demo_model_has_the_reference_logprobs_on_a_gpu() {
-    let Some(gpu) = gpu("the_demo_model_has_the_reference_logprobs_on_a_gpu") else { return };
+    let Some((_one, gpu)) = gpu("the_demo_model_has_the_reference_logprobs_on_a_gpu") else { return };
     let (checkpoint, cases) = demo();
     check(gpu, &checkpoint, &cases);
 }

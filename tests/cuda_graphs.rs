@@ -74,7 +74,7 @@ fn requests(prompts: &[Vec<u32>], n: usize, logprobs: Option<u32>) -> Vec<(Vec<u
 #[test]
 fn a_recorded_step_gives_the_bits_of_its_launches() {
     for name in NAMES {
-        let Some(gpu) = gpu("a_recorded_step_gives_the_bits_of_its_launches") else { return };
+        let Some((_one, gpu)) = gpu("a_recorded_step_gives_the_bits_of_its_launches") else { return };
         let (checkpoint, cases) = fixture(name);
         let plan = plan_of(&checkpoint);
         let mut engine = Engine::new(start(gpu, &checkpoint, &plan), Followers::None, &plan, None);
@@ -91,7 +91,7 @@ fn a_recorded_step_gives_the_bits_of_its_launches() {
 
 #[test]
 fn a_row_does_not_know_its_neighbours() {
-    let Some(gpu) = gpu("a_row_does_not_know_its_neighbours") else { return };
+    let Some((_one, gpu)) = gpu("a_row_does_not_know_its_neighbours") else { return };
     let (checkpoint, cases) = fixture(NAMES[0]);
     let plan = plan_of(&checkpoint);
     let n_vocab = checkpoint.config().n_vocab as u32;
@@ -113,7 +113,7 @@ fn a_row_does_not_know_its_neighbours() {
 #[test]
 fn a_decode_step_has_the_launches_that_it_needs() {
     for name in NAMES {
-        let Some(gpu) = gpu("a_decode_step_has_the_launches_that_it_needs") else { return };
+        let Some((_one, gpu)) = gpu("a_decode_step_has_the_launches_that_it_needs") else { return };
         let (checkpoint, _) = fixture(name);
         let plan = plan_of(&checkpoint);
         let runner = start(gpu, &checkpoint, &plan);
@@ -132,7 +132,7 @@ fn a_decode_step_has_the_launches_that_it_needs() {
 
 #[test]
 fn without_graphs_every_kernel_is_launched_by_itself() {
-    let Some(gpu) = gpu("without_graphs_every_kernel_is_launched_by_itself") else { return };
+    let Some((_one, gpu)) = gpu("without_graphs_every_kernel_is_launched_by_itself") else { return };
     let (checkpoint, cases) = fixture(NAMES[0]);
     let plan = plan_of(&checkpoint);
     let runner = start(gpu.without_graphs(), &checkpoint, &plan);

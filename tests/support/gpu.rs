@@ -2,7 +2,7 @@
 
 use std::io::Write as _;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dist_core::DType;
 use dist_kernels::KernelError;
@@ -12,8 +12,12 @@ use dist_kernels::cuda::libraries::{Libraries, LibraryDirs};
 use dist_kernels::cuda::staging::StagingOptions;
 use dist_kernels::cuda::{CudaBackend, CudaOptions, GemmChoice};
 
-/// The GPU; without one, says that `test` is skipped.
-pub(crate) fn gpu(test: &str) -> Option<CudaBackend> {
+/// One test at a time: who gives a backend back waits for the whole GPU, which ends what another thread records.
+static ONE: Mutex<()> = Mutex::new(());
+
+/// The GPU, as long as the first value is kept; without one, says that `test` is skipped.
+pub(crate) fn gpu(test: &str) -> Option<(MutexGuard<'static, ()>, CudaBackend)> {
+    let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let first = std::env::var_os("DIST_CUDA_LIB").map(|dirs| std::env::split_paths(&dirs).collect());
     let dirs = LibraryDirs { first: first.unwrap_or_default(), asks_loader: true, last: vec![] };
     let cache = std::env::var_os("DIST_KERNEL_CACHE").map(PathBuf::from);
@@ -29,7 +33,7 @@ pub(crate) fn gpu(test: &str) -> Option<CudaBackend> {
         gemm: GemmChoice::Measured,
     };
     match CudaBackend::new(options) {
-        Ok(backend) => return Some(backend),
+        Ok(backend) => return Some((one, backend)),
         Err(KernelError::Cuda(error @ (CudaError::Library(_) | CudaError::NoGpu))) => {
             eprintln!("SKIPPED: {test}: {error}");
             let log = std::env::var_os("DIST_SKIP_LOG")?;

@@ -234,11 +234,6 @@ impl Context {
             stream::synchronize(own).map_err(|error| failed("cuStreamSynchronize", "new memory", error))
         }
     }
-
-    /// Waits until all that was asked of the GPU is done.
-    pub fn synchronize(&self) -> Result<()> {
-        ctx::synchronize().map_err(|error| failed("cuCtxSynchronize", &self.0.info.name, error))
-    }
 }
 
 impl Drop for Inner {

@@ -18,7 +18,8 @@ pub struct Graph {
 }
 
 impl Stream {
-    /// Records what `run` asks of this stream, without doing it. An error of `run` ends the recording.
+    /// Records what `run` asks of this stream, without doing it. An error of `run` ends the recording, and so does another
+    /// thread that waits for all of this GPU: where a module or cuBLASLt is given back, too.
     pub fn capture<E: From<CudaError>>(
         &self,
         run: impl FnOnce() -> std::result::Result<(), E>,

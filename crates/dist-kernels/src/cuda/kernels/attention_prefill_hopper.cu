@@ -191,8 +191,7 @@ struct ValueProducer : Asking<Sh> {
         RingPlace<Sh::S> v;
         for (RingPlace<Sh::Q_SLOTS> q;; q.advance()) {
             barrier_wait(rings.q_full(q.slot), q.parity);
-            uint4 work = load_shared16(rings.work(q.slot)), more = load_shared16(rings.work(q.slot) + 16);
-            __syncwarp();
+            uint4 work = load_work(rings.work(q.slot)), more = load_work(rings.work(q.slot) + 16);
             if (lane == 0) barrier_arrive(rings.q_empty(q.slot));
             int seq = more.z, head = work.w, row0 = work.x, n_rows = work.y, position = work.z, low = more.x, high = more.y;
             RowTile tile = {seq, head, row0, n_rows, position, low, high};
@@ -266,7 +265,7 @@ struct Consumer {
         Turn<Sh::G> turn(group);
         for (RingPlace<Sh::Q_SLOTS> q;; q.advance()) {
             barrier_wait(rings.q_full(q.slot), q.parity);
-            uint4 work = load_shared16(rings.work(q.slot)), tiles = load_shared16(rings.work(q.slot) + 16);
+            uint4 work = load_work(rings.work(q.slot)), tiles = load_work(rings.work(q.slot) + 16);
             int row0 = work.x, n_rows = work.y, position = work.z, head = work.w, low = tiles.x, high = tiles.y;
             if (n_rows == 0) return;
 
@@ -325,7 +324,6 @@ struct Consumer {
                     for (int x = 0; x < 4; x++) sums[d][x] *= factor[x >> 1];
                 }
             }
-            __syncwarp();  // all lanes have read what the work is
             let_go(rings.q_empty(q.slot));
 
             barrier_wait(rings.v_full(v.slot), v.parity);

@@ -70,3 +70,10 @@ DEVICE u64 rows_descriptor(u32 address, int atom, int eight, int next = 16) {
     u64 swizzle = atom == 64 ? 1 : atom == 32 ? 2 : 3;
     return (u64)((address & 0x3ffff) >> 4) | (u64)(next >> 4) << 16 | (u64)(eight >> 4) << 32 | swizzle << 62;
 }
+
+// 16 bytes of what the work is, for all lanes of a warp; read by the lane that later gives the place back.
+DEVICE uint4 load_work(u32 address) {
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if ((threadIdx.x & 31) == 0) v = load_shared16(address);
+    return make_uint4(__shfl_sync(~0u, v.x, 0), __shfl_sync(~0u, v.y, 0), __shfl_sync(~0u, v.z, 0), __shfl_sync(~0u, v.w, 0));
+}

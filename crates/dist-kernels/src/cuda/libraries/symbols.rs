@@ -26,7 +26,6 @@ pub(super) const DRIVER: &[(&str, &str)] = &[
     ("driver::result::primary_ctx::release", "cuDevicePrimaryCtxRelease_v2"),
     ("driver::result::ctx::get_current", "cuCtxGetCurrent"),
     ("driver::result::ctx::set_current", "cuCtxSetCurrent"),
-    ("driver::result::ctx::synchronize", "cuCtxSynchronize"),
     ("driver::result::stream::create", "cuStreamCreate"),
     ("driver::result::stream::synchronize", "cuStreamSynchronize"),
     ("driver::result::stream::wait_event", "cuStreamWaitEvent"),
