@@ -66,7 +66,7 @@ fn add_bias_norm() {
     let (mut cpu, mut random) = (cpu(), Random::new());
     let mut i = 0;
     for d in [7, 48, 64, 65, 768, 1001, 4096, 8192, 8200, 12288] {
-        // So many that a block takes several.
+        // More than are on all multiprocessors at once.
         let many = if matches!(d, 4096 | 8192) { 700 } else { 40 };
         for rows in [1, 3, 33, many] {
             for (kind, keep) in [

@@ -103,7 +103,7 @@ pub(super) struct NormParams {
     pub(super) d: i32,
     pub(super) keep_normed: i32,
     pub(super) eps: f32,
-    pub(super) rows: i32,
+    pub(super) padding: i32,
 }
 
 /// `EmbedTable` of `rows.cu`.

@@ -82,22 +82,15 @@ pub(super) fn decode(shape: DecodeShape, n_sms: usize) -> Option<Decode> {
     Some(Decode { symbol, splits, tiles, part_floats: DECODE_ENTRIES * (shape.d_head + 2) })
 }
 
-/// Threads of `add_bias_norm` that a multiprocessor holds at once: they have 64 registers.
-const NORM_THREADS: usize = 1024;
-
-/// A kernel of `add_bias_norm` without its type, its blocks and its threads; `None` for rows that are too long.
-pub(super) fn norm(rows: usize, d: usize, n_sms: usize) -> Option<(&'static str, u32, u32)> {
+/// A kernel of `add_bias_norm` without its type, and its threads; `None` for rows that are too long.
+pub(super) fn norm(d: usize) -> Option<(&'static str, u32)> {
     let (symbol, per_thread) = match d {
         _ if d.is_multiple_of(8) && d <= 8192 => ("add_bias_norm", 8),
         _ if d.is_multiple_of(8) && d <= 12288 => ("add_bias_norm_long", 16),
         _ if d <= 16384 => ("add_bias_norm_odd", 16),
         _ => return None,
     };
-    let threads = d.div_ceil(per_thread).next_multiple_of(32);
-    // Its blocks all run at once, and have the same number of rows, as nearly as can be; others have one.
-    let at_once = (NORM_THREADS / threads).max(1) * n_sms.max(1);
-    let walks = if per_thread == 8 { rows.div_ceil(at_once) } else { 1 };
-    Some((symbol, rows.div_ceil(walks.max(1)) as u32, threads as u32))
+    Some((symbol, (d.div_ceil(per_thread).next_multiple_of(32)) as u32))
 }
 
 #[cfg(test)]
@@ -127,18 +120,9 @@ mod tests {
             assert!(has("attention_prefill_hopper", &format!("attention_prefill_hopper_d{d_head}")));
         }
         for d in [64, 8192, 8200, 12288, 12289, 65] {
-            let (symbol, _, threads) = norm(1, d, 132).unwrap();
+            let (symbol, threads) = norm(d).unwrap();
             assert!(has("norm", symbol) && threads <= 1024, "{d}: {symbol} {threads}");
         }
-    }
-
-    #[test]
-    fn blocks_of_a_norm_share_many_rows_evenly() {
-        let blocks = |rows, d| norm(rows, d, 132).unwrap().1;
-        assert_eq!([1, 64, 264, 265, 528, 1024].map(|rows| blocks(rows, 4096)), [1, 64, 264, 133, 264, 256]);
-        assert_eq!([132, 1024].map(|rows| blocks(rows, 8192)), [132, 128]);
-        // These do not walk.
-        assert_eq!([blocks(4096, 12288), blocks(4096, 4095)], [4096, 4096]);
     }
 
     #[test]

@@ -160,13 +160,13 @@ impl CudaBackend {
             d: d as i32,
             keep_normed: i32::from(keep_normed),
             eps,
-            rows: rows as i32,
+            padding: 0,
         };
-        let Some((symbol, blocks, threads)) = choice::norm(rows, d, self.context.info().n_sms) else {
+        let Some((symbol, threads)) = choice::norm(d) else {
             return unsupported("normalise rows of more than 16,384 elements");
         };
         let symbol = format!("{symbol}_{}", suffix(dtype));
-        self.start(("norm", &symbol), [blocks, 1, 1], threads, &params)
+        self.start(("norm", &symbol), [rows as u32, 1, 1], threads, &params)
     }
 
     pub(super) fn launch_add_bias(&mut self, args: &AddBiasArgs<'_, Self>) -> Result<()> {
