@@ -4,7 +4,9 @@
 mod gemm;
 mod streaming;
 
-pub(super) use gemm::{gemm, gemm_takes};
+#[cfg(test)]
+pub(super) use gemm::gemm_launches;
+pub(super) use gemm::{Gemm, gemm, gemm_takes};
 pub(super) use streaming::{Chip, streaming, streaming_rows_max};
 
 /// A kernel of `gemm` without its type, its tile and its threads.

@@ -281,6 +281,7 @@ DEVICE void gemm(const GemmArgs& args, const TensorMap* x_map, const TensorMap* 
     GemmPlace place = gemm_place<Sh>(args);
     __syncthreads();
     if (Sh::SHARES_K && args.splits > 1 && threadIdx.x < 8) GemmMail<Sh>(args, place, shared_address(shared)).expect(threadIdx.x);
+    __syncwarp();
     if (size > 1) cluster_meet();
     if (threadIdx.x >= 256) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -295,9 +296,6 @@ DEVICE void gemm(const GemmArgs& args, const TensorMap* x_map, const TensorMap* 
         wait_for_previous();
         gemm_multiply<T, Sh>(args, place, out_map, shared, full, empty);
     }
-    __syncwarp();
-    // Others may still write to this block's barriers and mail.
-    if (size > 1) cluster_meet();
 }
 
 #define GEMM(name, T, ...)                                                                                      \

@@ -175,7 +175,7 @@ DEVICE GemmCorner corner_of(const GemmArgs& args, const GemmPlace& place, int ti
 }
 
 // Blocks that share a tile's k: each finishes the rows of some of the eight warps, to which the others send their sums. Mail
-// comes to the slots that the ring is done with first, as soon as their block has said so: stages before the end.
+// comes to the slots that the ring is done with first, when all blocks of the tile have said so: stages before the end.
 template <class Sh>
 struct GemmMail {
     int split, splits;      // which part of k, of how many
@@ -207,10 +207,13 @@ struct GemmMail {
     DEVICE_MEMBER void expect(int warp) const {
         if (owner_of(warp) == split) barrier_expect(letters(warp), (splits - 1) * Sh::SHEET);
     }
-    // Says to the others that the slots of the mail are free.
+    // Says to the others that the slots of the mail are free: nothing here reads them any more.
     DEVICE_MEMBER void open() const {
         for (int to = 0; to < splits; to++) {
-            if (to != split) slot_release(in_cluster(barriers, rank + to * step));
+            if (to == split) continue;
+            asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+                             in_cluster(barriers, rank + to * step))
+                         : "memory");
         }
     }
     // Gives a warp's sums away, or adds to them what the others sent, in the order of k; whether they are this block's to
@@ -276,12 +279,15 @@ DEVICE void gemm_fill(const GemmArgs& args, const GemmPlace& place, const Tensor
             if (++slot == Sh::S) slot = 0, parity ^= 1;
         }
     }
-    if (WEIGHT && Sh::SHARES_K && args.splits > 1) {
+    // A block may end only when no other tells it of a slot any more; those that come free first are the mail's.
+    if constexpr (WEIGHT) {
 #pragma unroll 1
-        for (int i = 0; i < Sh::MAIL_SLOTS; i++) {
+        for (int i = 0; i < Sh::S; i++) {
             slot_wait(empty + slot * 8, parity);
             if (++slot == Sh::S) slot = 0, parity ^= 1;
+            if constexpr (Sh::SHARES_K) {
+                if (args.splits > 1 && i == Sh::MAIL_SLOTS - 1) GemmMail<Sh>(args, place, ring).open();
+            }
         }
-        GemmMail<Sh>(args, place, ring).open();
     }
 }

@@ -1,5 +1,8 @@
 //! `linear` and `logits`: few rows stream the weight, more rows are multiplied tile by tile.
 
+#[cfg(test)]
+mod tests;
+
 use dist_core::{Activation, DType};
 
 use super::{address_or_none, expect_type, suffix, unsupported};
@@ -7,7 +10,7 @@ use crate::args::{Epilogue, LinearArgs, LogitsArgs, Norm, Prologue, Then};
 use crate::cuda::args::{Address, GemmParams, LinearParams};
 use crate::cuda::backend::{CudaBackend, grown};
 use crate::cuda::buf::CudaBuf;
-use crate::cuda::choice::{self, Chip};
+use crate::cuda::choice::{self, Chip, Gemm};
 use crate::cuda::driver::{EpilogueKind, Operands, ProductShape, TensorMap, TensorMapSpec};
 use crate::cuda::plans::{PlanKey, bucket};
 use crate::error::Result;
@@ -227,9 +230,16 @@ impl CudaBackend {
 
     /// Many rows on Hopper.
     fn multiply_tiles_hopper(&mut self, product: &Product) -> Result<()> {
-        let linear = product.params;
+        let linear = &product.params;
         let (rows, n, k) = (linear.rows as usize, linear.n as usize, linear.k as usize);
         let choice = choice::gemm(rows, n, k, Chip::of(self.context.info()));
+        self.multiply_tiles_as(product, &choice)
+    }
+
+    /// Many rows on Hopper by the launch `choice`.
+    fn multiply_tiles_as(&mut self, product: &Product, choice: &Gemm) -> Result<()> {
+        let linear = product.params;
+        let (rows, n, k) = (linear.rows as usize, linear.n as usize, linear.k as usize);
         let ((below, beside), (bm, bn)) = (choice.cluster, choice.tile);
         let symbol = format!("{}_{}", choice.symbol, suffix(product.dtype));
         let kernel = self.kernels.get(choice.unit(), &symbol)?;

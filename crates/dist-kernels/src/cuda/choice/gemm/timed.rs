@@ -1,6 +1,6 @@
 //! What launches of `gemm_hopper` took: one H200 (driver 580.159, NVRTC 13.0.88), bf16, no epilogue, buffers rotated beyond
 //! L2 in graphs of launches, replayed in turn with the library's `mm` (torch 2.11), median of 5 (up to 1,024 rows) or 7:
-//! 1,603 launches on 72 shapes, those that the model before this one had foretold at most 1.9 or 1.4 times the least for.
+//! 1,416 launches on 72 shapes, those that an earlier model had foretold at most 1.6 or 1.4 times the least for.
 
 use std::str::FromStr;
 
