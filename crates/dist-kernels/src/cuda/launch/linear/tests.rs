@@ -145,6 +145,6 @@ fn every_launch_of_gemm_hopper_gives_what_the_general_kernel_gives() {
             assert!(found == back, "{launch:?}: the bits of a row depend on its place");
             n_launches += 1;
         }
-        assert!(n_launches > 20, "{shape:?}: {n_launches} launches");
+        assert!(n_launches > 10, "{shape:?}: {n_launches} launches");
     }
 }
