@@ -14,10 +14,12 @@
 // rows of x, blocks below each other the rows of the weight: each asks for its slice and the copy engine gives it to all.
 // Blocks that share a tile's k finish the rows of some warps each: the others send it their sums of those (`st.async`), to
 // slots of its ring that it is done with, and it adds them in the order of k. Which parts k has, and where a tile begins in
-// its part, depends on k, `splits` and the column alone, and rows never meet: what a row gives does not depend on the others.
+// its part, depends on k, `splits`, `spread` and the cluster's column alone, and rows never meet: what a row gives does not
+// depend on the others.
 //
 // Tiles are taken in groups of `group` clusters of rows, rows first, so that what runs at once shares what L2 holds. With
-// `spread` tiles begin at different places of k, so that few rows of x are not all asked of the same part of L2 at once.
+// `spread` tiles begin at different places of k, which is better where a cluster shares x; where none does, L2 reads once
+// what neighbours ask for at the same time.
 //
 // Launch: grid a multiple of the cluster's size, at most what fits at once (exactly all tiles where splits > 1);
 // 384 threads; cluster (rows_of_cluster · columns_of_cluster · splits, 1, 1), at most 8 blocks; splits at most 4 and at
