@@ -50,7 +50,8 @@ benchmark() {
 
 # The table is kept beside the record.
 kernels() {
-    timeout "$seconds_max" bin/bench_cuda_kernels --json kernels.json >"$results/$card-kernels.txt" && cat kernels.json && rm kernels.json
+    timeout "$seconds_max" bin/bench_cuda_kernels --json kernels.json >kernels.txt || return
+    mv kernels.txt "$results/$card-kernels.txt" && cat kernels.json && rm kernels.json
 }
 
 decode() {
@@ -115,22 +116,25 @@ offline() {
     fi
 }
 
-# What the machine is, beside every figure.
+all=(kernels decode first offline)
+for what in "$@"; do
+    if [[ " ${all[*]} " != *" $what "* ]]; then echo "nothing is called $what: ${all[*]}" >&2 && exit 2; fi
+done
+# What the machine is, beside every figure. Where only a part is measured again, behind what was measured before.
+if (($# == 0)); then rm -f "$results/$card-machine.txt"; fi
 {
     echo "commit=$DIST_COMMIT date=$(date -u +%FT%TZ) cores=$(nproc) memory=$(awk '/MemTotal/ { print $2 }' /proc/meminfo) kB"
     nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,memory.total \
         --format=csv
     bin/dist-cli doctor | sed -nE '/^ +(CUDA driver|NVRTC|cuBLASLt) /{s/^ +//;s/ +/ /g;s/ (at|by the loader) .*//;p}'
     bin/dist-cli kernels list
-} >"$results/$card-machine.txt" 2>&1
+} >>"$results/$card-machine.txt" 2>&1
 # Kernels are compiled by whoever needs them first, which must not be what is measured.
 bin/dist-cli benchmark --quiet --device "$device" --batch 1,64 --prompt-len 128 --new-tokens 2 --repeats 1 >/dev/null || status=1
-all=(kernels decode first offline)
 for what in "${@:-${all[@]}}"; do
     case $what in
         kernels) measure kernels kernels ;;
-        decode | first | offline) "$what" ;;
-        *) echo "nothing is called $what: ${all[*]}" && exit 2 ;;
+        *) "$what" ;;
     esac
 done
 printf '%s\n' "${log[@]}" >>"$results/$card-machine.txt"

@@ -12,11 +12,12 @@ use crate::problem::Problem;
 use crate::session;
 
 const AFTER_HELP: &str = "\
-Nothing is loaded and no device is touched: the plan is a calculation. Without
---device-memory the devices have this machine's memory; rates that are not
-given are those of a common server, or of an H100 with --device-kind cuda. A GPU
-computes in 16 bits, and takes some time for every kernel beside its rates. TTFT
-is that of a prompt that comes alone.
+Nothing is loaded and no device is touched: the plan is a calculation. What is
+not given of the devices is this machine's memory and the rates of a common
+server, or the memory (80 GB) and the rates of an H100 with --device-kind cuda. A
+GPU computes in 16 bits, and takes some time for every kernel beside its rates.
+So far a GPU runs one rank alone: a plan for several GPUs is a forecast. TTFT is
+that of a prompt that comes alone.
 
 Exit codes: 0 a split was found, 1 there is none, 2 a flag is wrong.
 
@@ -108,11 +109,13 @@ impl PlanArgs {
             ModelChoice::Preset { config, .. } => *config,
             choice => choice.open()?.config().clone(),
         };
-        let memory_bytes = match self.device_memory {
-            Some(gb) => (gb * 1e9) as u64,
-            None => machine::total_bytes().ok_or_else(|| {
+        let memory_bytes = match (self.device_memory, self.device_kind) {
+            (Some(gb), _) => (gb * 1e9) as u64,
+            (None, PlannedKind::Cpu) => machine::total_bytes().ok_or_else(|| {
                 Problem::usage("this machine's memory is not known").help("give --device-memory")
             })?,
+            // An H100's, as the rates are.
+            (None, PlannedKind::Cuda) => 80_000_000_000,
         };
         let (kind, dtype, gb_per_s, tflops) = match self.device_kind {
             PlannedKind::Cpu => (DeviceKind::Cpu, DType::F32, 30.0, 0.15),

@@ -6,7 +6,7 @@ mod streaming;
 
 #[cfg(test)]
 pub(super) use gemm::gemm_launches;
-pub(super) use gemm::{Gemm, gemm, gemm_takes};
+pub(super) use gemm::{Gemm, GemmChoices, gemm_takes};
 pub(super) use streaming::{Chip, streaming, streaming_rows_max};
 
 /// A kernel of `gemm` without its type, its tile and its threads.

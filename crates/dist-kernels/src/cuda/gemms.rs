@@ -8,6 +8,7 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 
 use super::cache::hex;
+use super::choice::GemmChoices;
 use super::driver::{Algo, Blas, BlasProduct, Context, Driver, Operands, Result, Stream};
 use super::libraries::Libraries;
 use super::plans::{Plan, PlanCache, PlanKey, PlansOf, Winner, first_of_bucket};
@@ -53,6 +54,8 @@ pub(super) struct Gemms {
     n_computed: u64,
     /// Products of the library; `None` for those that own kernels compute.
     ready: HashMap<PlanKey, Option<Ready>>,
+    /// Launches of the own kernel.
+    pub(super) own: GemmChoices,
 }
 
 impl Gemms {
@@ -72,6 +75,7 @@ impl Gemms {
             is_tried: false,
             n_computed: 0,
             ready: HashMap::new(),
+            own: GemmChoices::default(),
         };
         if choice == GemmChoice::Library {
             gemms.open(context);

@@ -4,6 +4,8 @@
 #[cfg(test)]
 mod timed;
 
+use std::collections::HashMap;
+
 use super::streaming::Chip;
 use crate::cuda::plans::bucket;
 
@@ -99,6 +101,13 @@ impl Gemm {
         rows.div_ceil(self.tile.0 * self.cluster.0) * n.div_ceil(self.tile.1 * self.cluster.1)
     }
 
+    /// The same for `rows` rows of its bucket.
+    fn over(self, rows: usize, n: usize, chip: Chip) -> Self {
+        let at_once = clusters_at_once(self.size(), chip.n_sms).expect("it was chosen before");
+        let tiles = self.tiles(rows, n);
+        Self { clusters: if self.splits > 1 { tiles } else { tiles.min(at_once) }, ..self }
+    }
+
     /// Whether the kernel takes it.
     fn is_allowed(&self, (rows, n, k): (usize, usize, usize), at_once: usize) -> bool {
         let ((bm, bn), (below, beside)) = (self.tile, self.cluster);
@@ -161,11 +170,8 @@ pub(in crate::cuda) fn gemm_launches(
         let spread = cluster.1 > 1 && planned <= SPREAD_ROWS;
         let one = Gemm { symbol, tile: (bm, bn), cluster, splits, group, spread, clusters: 0 };
         let at_once = clusters_at_once(one.size(), chip.n_sms)?;
-        one.is_allowed((planned, n, k), at_once).then(|| {
-            let tiles = one.tiles(rows, n);
-            let clusters = if splits > 1 { tiles } else { tiles.min(at_once) };
-            (Gemm { clusters, ..one }, one.time((planned, n, k), at_once, chip))
-        })
+        let is_allowed = one.is_allowed((planned, n, k), at_once);
+        is_allowed.then(|| (one.over(rows, n, chip), one.time((planned, n, k), at_once, chip)))
     })
 }
 
@@ -175,6 +181,19 @@ pub(in crate::cuda) fn gemm(rows: usize, n: usize, k: usize, chip: Chip) -> Gemm
     let launches = gemm_launches((rows, n, k), chip);
     let (best, _) = launches.min_by(|a, b| a.1.total_cmp(&b.1)).expect("the first tile takes every shape");
     best
+}
+
+/// Choices that were made: one takes longer than asking for a kernel.
+#[derive(Debug, Default)]
+pub(in crate::cuda) struct GemmChoices(HashMap<(usize, usize, usize), Gemm>);
+
+impl GemmChoices {
+    /// What [`gemm`] gives.
+    pub(in crate::cuda) fn get(&mut self, rows: usize, n: usize, k: usize, chip: Chip) -> Gemm {
+        let planned = bucket(rows).unwrap_or(rows);
+        let choice = self.0.entry((planned, n, k)).or_insert_with(|| gemm(planned, n, k, chip));
+        choice.over(rows, n, chip)
+    }
 }
 
 #[cfg(test)]
@@ -221,6 +240,19 @@ mod tests {
             assert!(same(gemm(65, n, k, H200), gemm(128, n, k, H200)));
             assert!(same(gemm(600, n, k, H200), gemm(1024, n, k, H200)));
         }
+    }
+
+    #[test]
+    fn choices_that_are_kept_are_those_that_would_be_made() {
+        let mut kept = GemmChoices::default();
+        for _ in 0..2 {
+            for rows in [65, 100, 128, 129, 200, 600, 1024, 8192, 8193, 20_000] {
+                for (n, k) in [(4096, 4096), (2048, 8192), (40, 64)] {
+                    assert_eq!(kept.get(rows, n, k, H200), gemm(rows, n, k, H200), "{rows} rows, {n} x {k}");
+                }
+            }
+        }
+        assert_eq!(kept.0.len(), 3 * 6);
     }
 
     /// A choice was timed, and is at most 5 % slower than the fastest that was, 8 % on one shape; memories that are a

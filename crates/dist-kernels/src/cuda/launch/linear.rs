@@ -232,7 +232,7 @@ impl CudaBackend {
     fn multiply_tiles_hopper(&mut self, product: &Product) -> Result<()> {
         let linear = &product.params;
         let (rows, n, k) = (linear.rows as usize, linear.n as usize, linear.k as usize);
-        let choice = choice::gemm(rows, n, k, Chip::of(self.context.info()));
+        let choice = self.gemms.own.get(rows, n, k, Chip::of(self.context.info()));
         self.multiply_tiles_as(product, &choice)
     }
 
