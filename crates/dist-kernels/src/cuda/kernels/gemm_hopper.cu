@@ -284,7 +284,7 @@ DEVICE void gemm(const GemmArgs& args, const TensorMap* x_map, const TensorMap* 
     __syncthreads();
     if (Sh::SHARES_K && args.splits > 1 && threadIdx.x < 8) GemmMail<Sh>(args, place, shared_address(shared)).expect(threadIdx.x);
     __syncwarp();
-    if (size > 1) cluster_meet();
+    if (size > 1) cluster_arrive(), cluster_wait();
     if (threadIdx.x >= 256) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);

@@ -57,10 +57,6 @@ template <int N>
 DEVICE void stores_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
-// A barrier of the cluster that makes no writes visible.
-DEVICE void cluster_meet() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" ::: "memory");
-}
 DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 #define WGMMA(n, type, regs, a, b, p, ...)                                                                     \
