@@ -2,24 +2,31 @@
 //! nobody overlooks.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::compile::{Compiler, Program};
 use super::driver::{Context, CudaError, Driver, Module};
 use super::libraries::{Libraries, LibraryDirs};
 
-/// A GPU and what is needed to make kernels for it.
+/// One test at a time: who gives a module or a backend back may wait for the whole GPU, which ends what another thread
+/// records.
+static ONE: Mutex<()> = Mutex::new(());
+
+/// A GPU and what is needed to make kernels for it. It must outlive what is made with it: other tests wait for that.
 pub(crate) struct Gpu {
     pub(crate) context: Context,
     pub(crate) libraries: Libraries,
+    _one: MutexGuard<'static, ()>,
 }
 
 impl Gpu {
     /// The first GPU; without one, says that `test` is skipped.
     pub(crate) fn find(test: &str) -> Option<Self> {
+        let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         let libraries = libraries();
         let context = Driver::open(&libraries).and_then(|driver| Context::new(&driver, 0));
         match (context, libraries.nvrtc().map(drop)) {
-            (Ok(context), Ok(())) => return Some(Self { context, libraries }),
+            (Ok(context), Ok(())) => return Some(Self { context, libraries, _one: one }),
             (Err(error @ (CudaError::Library(_) | CudaError::NoGpu)), _) => skip(test, &error.to_string()),
             (Ok(_), Err(error)) => skip(test, &error.to_string()),
             (Err(error), _) => panic!("the GPU cannot be used: {error}"),

@@ -57,11 +57,12 @@ fn numbers() -> Vec<f32> {
 }
 
 struct Fixture {
-    gpu: Gpu,
     module: Module,
     stream: Stream,
     x: DeviceMemory,
     y: DeviceMemory,
+    // The last one that goes.
+    gpu: Gpu,
 }
 
 impl Fixture {
@@ -72,7 +73,7 @@ impl Fixture {
         let mut x = gpu.context.alloc("x", N * 4).unwrap();
         let y = gpu.context.alloc("y", N * 4).unwrap();
         stream.upload(&mut x, 0, bytemuck::cast_slice(&numbers())).unwrap();
-        Some(Self { gpu, module, stream, x, y })
+        Some(Self { module, stream, x, y, gpu })
     }
 
     fn args(&self, factor: f32) -> Scale {

@@ -99,15 +99,15 @@ impl Case {
     }
 }
 
-fn backend(test: &str) -> Option<CudaBackend> {
-    // Says that the test is skipped if there is no GPU.
-    Gpu::find(test)?;
+/// The GPU, as long as the first value is kept.
+fn backend(test: &str) -> Option<(Gpu, CudaBackend)> {
+    let one = Gpu::find(test)?;
     let cache = std::env::var_os("DIST_KERNEL_CACHE").map(std::path::PathBuf::from);
     let cache = KernelCache::new(cache.unwrap_or_else(|| std::env::temp_dir().join("dist-kernel-cache")));
     let staging = StagingOptions { n_readers: 1, chunk_bytes: 1 << 20, n_buffers: 1 };
     let (libraries, gemm) = (Arc::new(libraries()), GemmChoice::Own);
     let options = CudaOptions { libraries, cache, ordinal: 0, cast: None, staging, gemm };
-    Some(CudaBackend::new(options).expect("the GPU was found before"))
+    Some((one, CudaBackend::new(options).expect("the GPU was found before")))
 }
 
 /// The largest error of sums of `k` products of such numbers, of which bf16 keeps eight bits. A stage that is left out or
@@ -120,7 +120,7 @@ fn most(k: usize, expected: f32, out_f32: bool) -> f32 {
 #[test]
 fn every_launch_of_gemm_hopper_gives_what_the_general_kernel_gives() {
     let test = "every_launch_of_gemm_hopper_gives_what_the_general_kernel_gives";
-    let Some(mut gpu) = backend(test) else { return };
+    let Some((_one, mut gpu)) = backend(test) else { return };
     let chip = Chip::of(gpu.context.info());
     if !chip.is_hopper {
         return skip(test, "the GPU is not a Hopper");
