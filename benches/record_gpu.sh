@@ -127,7 +127,7 @@ if (($# == 0)); then rm -f "$results/$card-machine.txt"; fi
     nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,memory.total \
         --format=csv
     bin/dist-cli doctor | sed -nE '/^ +(CUDA driver|NVRTC|cuBLASLt) /{s/^ +//;s/ +/ /g;s/ (at|by the loader) .*//;p}'
-    bin/dist-cli kernels list
+    bin/dist-cli kernels list | grep -v '^kept in'
 } >>"$results/$card-machine.txt" 2>&1
 # Kernels are compiled by whoever needs them first, which must not be what is measured.
 bin/dist-cli benchmark --quiet --device "$device" --batch 1,64 --prompt-len 128 --new-tokens 2 --repeats 1 >/dev/null || status=1
